@@ -1,0 +1,26 @@
+"""Public entry of dense attention with its tangent."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from turbokernels import dispatch
+from turbokernels.attention_dense import reference
+from turbokernels.checks import check_attention
+
+IMPLEMENTATIONS = {"reference": reference.attention_jvp}
+
+
+def attention_jvp(
+    q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor | None, tv: Tensor | None, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Dense softmax attention, scale 1 / sqrt(D), and its tangent along (tq, tk, tv): (o, to), both (B, Lq, N, D).
+
+    q, tq: (B, Lq, N, D); k, v, tk, tv: (B, Lk, N, D); Lq and Lk may differ; one floating dtype, any strides with a contiguous
+    last dimension. tk or tv None means zero (cross-attention to a constant context), and saves its products. o carries the
+    gradient of attention with respect to q, k and v; to carries none, nor do the tangents.
+    Errors: ValueError when shapes, dtypes, devices or strides do not fit.
+    Source: method.md section 4, "JVP through attention".
+    """
+    check_attention("attention_jvp", q, k, v, tq=tq, tk=tk, tv=tv)
+    return dispatch.choose("attention_jvp", impl, q.device, IMPLEMENTATIONS)(q, k, v, tq, tk, tv)

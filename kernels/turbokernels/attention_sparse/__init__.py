@@ -1,0 +1,1 @@
+"""Block-sparse softmax attention, its backward and its tangent (SLA's sparse branch, method.md sections 3 and 4)."""

@@ -1,0 +1,41 @@
+"""Which implementation of an op runs: chosen by device, once, and said in the log.
+
+Every op's `api.py` holds a table from implementation name to function ("reference" always; "triton" where a kernel exists).
+`auto` takes the best entry of that table for the operands' device. It never falls back silently: an implementation that does
+not exist, or that does not support the operands, raises an error that names the remedy.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS = ("auto", "triton", "reference")
+
+
+@functools.lru_cache(maxsize=None)
+def _log_choice(op: str, device_type: str, name: str) -> None:
+    """Log a choice of `auto`; the cache makes it one line per op and device type in a process."""
+    logger.info("turbokernels: %s on %s runs the %s implementation", op, device_type, name)
+
+
+def choose(op: str, impl: str, device: torch.device, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the function of `table` that `impl` asks for on `device`.
+
+    Errors: ValueError for a name that is not one of `IMPLEMENTATIONS`, and for one that this op does not have.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: impl={impl!r} is not known; use one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    if impl == "auto":
+        name = "triton" if device.type == "cuda" and "triton" in table else "reference"
+        _log_choice(op, device.type, name)
+        return table[name]
+    if impl not in table:
+        raise ValueError(f"{op}: there is no {impl} kernel for this op; use impl='reference' (or impl='auto')")
+    return table[impl]
