@@ -1,0 +1,168 @@
+"""What image-to-video networks see besides text: the first frame, in the form that each family was trained with (formats.md 12).
+
+Wan 2.1 I2V and 2.2 I2V-A14B: mask and latent of the padded clip, concatenated to the noisy latent (2.1 also CLIP tokens). 2.2
+TI2V-5B: the latent of the first frame itself, clean, with timestep 0 on its tokens.
+
+Shapes: B videos, C latent channels, T latent frames, H, W latent height and width; L image tokens, D their width; images are uint8
+(height, width, 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from turbotrain.codecs import VideoCodec
+from turbotrain.model.variants import Variant
+
+MASK_CHANNELS = 4  # one a pixel frame of a latent frame
+GREY = 128  # padding frames: 0 in [-1, 1], to half a grey level
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Extra inputs of the network; all None for text to video. Batch size 1 until `for_batch`.
+
+    Attributes:
+        y_BCTHW: concatenated to the noisy latent: 4 mask channels, then the conditioning latent.
+        clip_BLD: CLIP image tokens.
+        clean_BCTHW, clean_frames_BT: latent frames that stay clean, and which they are.
+    """
+
+    y_BCTHW: Tensor | None = None
+    clip_BLD: Tensor | None = None
+    clean_BCTHW: Tensor | None = None
+    clean_frames_BT: Tensor | None = None
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """What is there, by the names that `diffusion.velocity.bind` and the network take."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def for_batch(self, size: int) -> Conditioning:
+        """The same image for `size` videos."""
+        return Conditioning(**{name: value.expand(size, *value.shape[1:]) for name, value in self.arguments.items()})
+
+    def restore(self, latents_BCTHW: Tensor) -> Tensor:
+        """Puts the clean frames back: what the network says about them means nothing."""
+        if self.clean_BCTHW is None or self.clean_frames_BT is None:
+            return latents_BCTHW
+        return torch.where(self.clean_frames_BT[:, None, :, None, None], self.clean_BCTHW.to(latents_BCTHW), latents_BCTHW)
+
+
+def condition_on_image(
+    variant: Variant,
+    codec: VideoCodec,
+    image: Any,
+    shape: tuple[int, int, int, int],
+    components: Mapping[str, str] | None = None,
+    device: str | torch.device = "cpu",
+) -> Conditioning:
+    """The conditioning of one image for latents of `shape` (C, T, H, W).
+
+    Args:
+        image: path, PIL image, uint8 array, or None for text to video.
+        components: resolved places; `image_encoder` is needed by networks with CLIP tokens.
+
+    Raises:
+        ValueError: an image for a text-to-video variant, no image for an image-to-video one, no image encoder where one is needed.
+    """
+    kind = variant.config.model_type
+    if image is None:
+        if kind == "i2v":
+            raise ValueError(f"image is missing: variant {variant.name} starts from an image")
+        return Conditioning()
+    if kind == "t2v":
+        raise ValueError(f"image input needs an i2v variant; this checkpoint is {variant.name}")
+    _, _, height, width = shape
+    pixels = (height * codec.stride[1], width * codec.stride[2])
+    picture = load_image(image)
+    if kind == "ti2v":
+        return _first_latent(codec, scale_and_crop(picture, *pixels), shape, device)
+    y_BCTHW = _masked_clip(codec, np.asarray(picture.resize(pixels[::-1], Image.Resampling.BICUBIC)), shape, device)
+    clip_BLD = None
+    if variant.config.image_dim is not None:
+        place = (components or {}).get("image_encoder")
+        if not place:
+            raise ValueError(
+                f"image_encoder is missing: variant {variant.name} reads CLIP tokens of the image; "
+                "add components.image_encoder (a CLIP vision folder) to the checkpoint's metadata"
+            )
+        clip_BLD = clip_tokens(place, picture, device)
+    return Conditioning(y_BCTHW=y_BCTHW, clip_BLD=clip_BLD)
+
+
+def load_image(image: Any) -> Image.Image:
+    """An RGB image from a path, a PIL image or a uint8 array (height, width, 3). Raises ValueError for anything else."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"image has shape {image.shape}, dtype {image.dtype}: expected uint8 (height, width, 3)")
+        return Image.fromarray(image)
+    try:
+        with Image.open(Path(image).expanduser()) as opened:
+            return opened.convert("RGB")
+    except (OSError, TypeError) as error:
+        raise ValueError(f"image = {image!r}: not a readable image file ({error})") from error
+
+
+def size_for_area(picture: Image.Image, area: int, unit: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of about `area` pixels with the picture's aspect ratio, rounded down to multiples of `unit`."""
+    aspect = picture.height / picture.width
+    height = max(unit[0], int(math.sqrt(area * aspect)) // unit[0] * unit[0])
+    width = max(unit[1], int(math.sqrt(area / aspect)) // unit[1] * unit[1])
+    return height, width
+
+
+def scale_and_crop(picture: Image.Image, height: int, width: int) -> np.ndarray:
+    """The centre of the picture after the smallest Lanczos scaling that covers (height, width): uint8 (height, width, 3)."""
+    scale = max(height / picture.height, width / picture.width)
+    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    scaled = picture.resize(size, Image.Resampling.LANCZOS)
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return np.asarray(scaled.crop((left, top, left + width, top + height)))
+
+
+def clip_tokens(place: str, picture: Image.Image, device: str | torch.device) -> Tensor:
+    """(1, L, D) tokens before the last layer of a CLIP vision tower (transformers layout)."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel  # seconds to import: only i2v with CLIP pays for it
+
+    encoder = CLIPVisionModel.from_pretrained(place).to(device).eval()
+    pixels = CLIPImageProcessor.from_pretrained(place)(images=picture, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        hidden = encoder(pixels.to(device, encoder.dtype), output_hidden_states=True).hidden_states
+    return hidden[-2].float()
+
+
+def _masked_clip(
+    codec: VideoCodec, first_HWC: np.ndarray, shape: tuple[int, int, int, int], device: str | torch.device
+) -> Tensor:
+    """(1, 4 + C, T, H, W): the mask is one on latent frame 0; behind it the latent of the image followed by mid-grey frames."""
+    _, length, height, width = shape
+    count = (length - 1) * codec.stride[0] + 1
+    clip_THWC = np.full((count, *first_HWC.shape), GREY, dtype=np.uint8)
+    clip_THWC[0] = first_HWC
+    latent_BCTHW = codec.encode(torch.from_numpy(clip_THWC)[None]).to(device)
+    mask_BCTHW = torch.zeros(1, MASK_CHANNELS, length, height, width, device=device)
+    mask_BCTHW[:, :, 0] = 1
+    return torch.cat([mask_BCTHW, latent_BCTHW.float()], dim=1)
+
+
+def _first_latent(
+    codec: VideoCodec, first_HWC: np.ndarray, shape: tuple[int, int, int, int], device: str | torch.device
+) -> Conditioning:
+    channels, length, height, width = shape
+    clean_BCTHW = torch.zeros(1, channels, length, height, width, device=device)
+    clean_BCTHW[:, :, :1] = codec.encode(torch.from_numpy(first_HWC)[None, None].clone()).to(device).float()
+    clean_frames_BT = torch.zeros(1, length, dtype=torch.bool, device=device)
+    clean_frames_BT[:, 0] = True
+    return Conditioning(clean_BCTHW=clean_BCTHW, clean_frames_BT=clean_frames_BT)

@@ -1,0 +1,452 @@
+"""Prompt in, frames out: text encoder -> sampler -> VAE, with everything that matters read from the checkpoint's metadata.
+
+One object serves `infer.py`, evaluation and notebooks. A batch of N videos equals N single ones up to the rounding of batched
+matrix products, because every video draws its noise from a generator of its own seed; the same seed on the same kind of device
+gives the same frames in any process.
+
+Shapes: B videos, C latent channels, T latent frames, H, W latent height and width, L text tokens, D their width; frames are uint8
+(T', H', W', 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_checkpoint
+from turbotrain.codecs import TextEncoder, VideoCodec
+from turbotrain.conditioning import Conditioning, condition_on_image, load_image, size_for_area
+from turbotrain.diffusion.guidance import guided, switch_experts
+from turbotrain.diffusion.samplers import sample_teacher, sample_turbo
+from turbotrain.diffusion.velocity import Velocity, bind
+from turbotrain.model.variants import VARIANTS, Variant
+
+log = logging.getLogger(__name__)
+Callback = Callable[[int, int], None]  # (step just done, steps in all)
+
+
+@dataclass
+class PipelineResult:
+    """What a call returns.
+
+    Attributes:
+        videos: one uint8 (T', H', W', 3) array a video, in the order of the prompts.
+        latents: (B, C, T, H, W) float32, normalised as the network sees them, on the CPU.
+        timings: seconds by phase: `text`, `dit`, `vae`, and `dit_steps`, one number a network step (of the last batch).
+    """
+
+    videos: list[np.ndarray]
+    latents: Tensor
+    prompts: list[str]
+    seeds: list[int]
+    fps: float
+    timings: dict[str, Any] = field(default_factory=dict)
+    single: bool = False
+
+    @property
+    def frames(self) -> Any:
+        """The video itself where one prompt was given as a string, else the list of videos."""
+        return self.videos[0] if self.single else self.videos
+
+
+class TurboPipeline:
+    """Text (and image) to video with a Wan network, its text encoder and its VAE.
+
+    Args:
+        experts: one network, or (high noise, low noise) of a two-expert variant.
+        codec, text_encoder: shared freely between pipelines; they hold no state of a call.
+        variant: sampling defaults; `meta.sampler` overrides those of the Turbo sampler.
+        components: places of further parts that are loaded when a call needs them (`image_encoder`).
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        codec: VideoCodec,
+        text_encoder: TextEncoder,
+        variant: Variant,
+        meta: CheckpointMeta | None = None,
+        device: str | torch.device = "cpu",
+        components: dict[str, str] | None = None,
+    ) -> None:
+        if len(experts) != len(variant.experts):
+            raise ValueError(
+                f"{len(experts)} network(s) given: variant {variant.name} has {len(variant.experts)} expert(s); "
+                "a two-expert checkpoint is a folder with high/ and low/"
+            )
+        self.experts = [expert.eval() for expert in experts]
+        self.codec = codec
+        self.text_encoder = text_encoder
+        self.variant = variant
+        self.meta = meta
+        self.components = components or {}
+        self.device = torch.device(device)
+        self._embeddings: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        *,
+        variant: str | None = None,
+        components: dict[str, str] | None = None,
+    ) -> TurboPipeline:
+        """Loads a Turbo checkpoint with the components that its metadata names.
+
+        Args:
+            path: folder (with `high/` and `low/` for two experts) or single file.
+            device: `auto` takes cuda where there is one.
+            dtype: of the network; None: float32 on the CPU, the checkpoint's own (bfloat16 where it says nothing) on cuda; int8
+                layers stay int8 unless a dtype is given.
+            variant: for files of other projects, whose metadata does not say; must agree with metadata that does.
+            components: `vae`, `text_encoder`, `tokenizer`: paths or hub ids that replace or complete the metadata's.
+
+        Raises:
+            ValueError: a component is missing or of other dimensions, the variant is unknown, no such device.
+        """
+        path = Path(path).expanduser()
+        place = resolve_device(device)
+        folders = [path / name for name in ("high", "low")] if (path / "high").is_dir() else [path]
+        metas = [read_checkpoint(folder)[1] for folder in folders]
+        meta = metas[0]
+        if variant is not None and meta.variant and meta.variant != variant:
+            raise ValueError(f"variant={variant!r}: {path} says it is {meta.variant!r}; leave variant out")
+        name = variant or meta.variant
+        if name not in VARIANTS:
+            raise ValueError(f"variant={name!r}: unknown for {path}; say variant= one of {', '.join(VARIANTS)}")
+        experts = [
+            load_transformer(folder, device=str(place), dtype=_network_dtype(dtype, part, place))
+            for folder, part in zip(folders, metas)
+        ]
+        parts = {**meta.components, **{key: value for key, value in (components or {}).items() if value}}
+        wanted = ["vae", "text_encoder", "tokenizer", *(["image_encoder"] if "image_encoder" in parts else [])]
+        places = {key: find_component(key, parts, path) for key in wanted}
+        side_dtype = torch.float32 if place.type == "cpu" else dtype or torch.bfloat16
+        codec = VideoCodec.from_pretrained(places["vae"], device=str(place), dtype=side_dtype)
+        config = experts[0].config
+        text_encoder = TextEncoder.from_pretrained(
+            places["text_encoder"], places["tokenizer"], device=str(place), dtype=side_dtype, text_len=config.text_len
+        )
+        if codec.latent_channels != config.out_channels:
+            raise ValueError(
+                f"vae={places['vae']}: gives {codec.latent_channels} latent channels, but {path} was trained on "
+                f"{config.out_channels}; use the VAE of variant {name}"
+            )
+        return cls(experts, codec, text_encoder, VARIANTS[name], meta, place, places)
+
+    def with_networks(self, experts: Sequence[nn.Module], meta: CheckpointMeta | None = None) -> TurboPipeline:
+        """This pipeline with other networks: codec, text encoder and text embeddings stay shared."""
+        other = copy.copy(self)
+        if len(experts) != len(self.experts):
+            raise ValueError(f"{len(experts)} network(s) given: variant {self.variant.name} has {len(self.experts)}")
+        other.experts = [expert.eval() for expert in experts]
+        other.meta = meta if meta is not None else self.meta
+        return other
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any = None,
+        steps: int | None = None,
+        seed: int = 0,
+        *,
+        seeds: Sequence[int] | None = None,
+        mode: str = "turbo",
+        guidance: float | None = None,
+        solver: str = "unipc",
+        grid: str = "wan",
+        shift: float | None = None,
+        ode: bool | None = None,
+        sigma_max: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        negative_prompt: str | None = None,
+        batch_size: int | None = None,
+        callback: Callback | None = None,
+    ) -> PipelineResult:
+        """Generates one video a prompt.
+
+        Args:
+            image: first frame (path, PIL image or uint8 (H', W', 3)) for i2v and ti2v variants.
+            steps: network evaluations; default 4 (`turbo`) or the variant's (`teacher`).
+            seed, seeds: video j uses seed + j, or seeds[j].
+            mode: `turbo` (method.md 6: no guidance) or `teacher` (method.md 2: `guidance`, `solver`, `grid`, `shift`).
+            width, height, frames: pixels and frames of the video; default: the variant's.
+            batch_size: videos sampled together; default: all.
+            callback: called after each network step with (step, steps).
+
+        Raises:
+            ValueError: names the argument, its value and what is allowed.
+        """
+        start = time.perf_counter()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(text.strip() for text in prompts):
+            raise ValueError(f"prompt = {prompt!r}: empty; say what the video shows")
+        row_seeds = list(seeds) if seeds is not None else [seed + j for j in range(len(prompts))]
+        if len(row_seeds) != len(prompts):
+            raise ValueError(f"seeds = {row_seeds}: {len(row_seeds)} seeds for {len(prompts)} prompts; give one each")
+        if image is not None and self.variant.config.model_type != "t2v":
+            image = load_image(image)
+            if height is None and width is None:
+                height, width = size_for_area(image, self.variant.height * self.variant.width, self.variant.size_multiple)
+        shape = self.latent_shape(frames, height, width)
+        negative = default_negative_prompt(self.variant) if negative_prompt is None else negative_prompt
+
+        with torch.inference_mode():
+            self.encode_prompts([*prompts, *([negative] if mode == "teacher" else [])])
+            timings: dict[str, Any] = {"text": self._clock() - start, "dit": 0.0, "vae": 0.0, "dit_steps": []}
+            conditioning = condition_on_image(self.variant, self.codec, image, shape, self.components, self.device)
+            latents: list[Tensor] = []
+            videos: list[np.ndarray] = []
+            for rows in _batches(len(prompts), batch_size):
+                chunk = [prompts[j] for j in rows]
+                with self._phase(timings, "dit"):
+                    latents_BCTHW = self.sample(
+                        self.encode_prompts(chunk),
+                        [row_seeds[j] for j in rows],
+                        shape,
+                        negative_BLD=self.encode_prompts([negative] * len(chunk)) if mode == "teacher" else None,
+                        conditioning=conditioning,
+                        mode=mode,
+                        steps=steps,
+                        guidance=guidance,
+                        solver=solver,
+                        grid=grid,
+                        shift=shift,
+                        ode=ode,
+                        sigma_max=sigma_max,
+                        callback=self._step_clock(timings, callback),
+                    )
+                with self._phase(timings, "vae"):
+                    videos += self.decode(latents_BCTHW)
+                latents.append(latents_BCTHW.float().cpu())
+        return PipelineResult(
+            videos, torch.cat(latents), prompts, row_seeds, float(self.variant.fps), timings, isinstance(prompt, str)
+        )
+
+    def latent_shape(
+        self, frames: int | None = None, height: int | None = None, width: int | None = None
+    ) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of one video. Raises ValueError for lengths and sizes that do not fit."""
+        stride_t, stride_h, stride_w = self.codec.stride
+        patch_t, patch_h, patch_w = self.experts[0].config.patch_size  # type: ignore[union-attr]  # WanTransformer
+        frames = self.variant.frames if frames is None else frames
+        sizes = {"height": height or self.variant.height, "width": width or self.variant.width}
+        unit = stride_t * patch_t
+        if frames < 1 or (frames - 1) % unit:
+            below = max(0, frames - 1) // unit * unit + 1
+            raise ValueError(f"frames = {frames}: must be {unit}n + 1, for example {below} or {below + unit}")
+        for (name, value), unit in zip(sizes.items(), (stride_h * patch_h, stride_w * patch_w)):
+            if value < 1 or value % unit:
+                below = max(unit, value // unit * unit)
+                raise ValueError(f"{name} = {value}: must be divisible by {unit}, for example {below} or {below + unit}")
+        return (
+            self.codec.latent_channels,
+            (frames - 1) // stride_t + 1,
+            sizes["height"] // stride_h,
+            sizes["width"] // stride_w,
+        )
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L, D) float32 text embeddings; each distinct prompt is encoded once in the pipeline's life."""
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._embeddings]
+        for start in range(0, len(missing), 64):
+            chunk = missing[start : start + 64]
+            self._embeddings.update(zip(chunk, self.text_encoder.encode(chunk).to(self.device)))
+        return torch.stack([self._embeddings[text] for text in prompts])
+
+    def sample(
+        self,
+        context_BLD: Tensor,
+        seeds: Sequence[int],
+        shape: tuple[int, int, int, int],
+        *,
+        mode: str = "turbo",
+        steps: int | None = None,
+        negative_BLD: Tensor | None = None,
+        conditioning: Conditioning | None = None,
+        guidance: float | None = None,
+        solver: str = "unipc",
+        grid: str = "wan",
+        shift: float | None = None,
+        ode: bool | None = None,
+        sigma_max: float | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Latents (B, C, T, H, W) from text embeddings and one seed a row; arguments as in `__call__`.
+
+        Raises:
+            ValueError: mode, steps, guidance out of range.
+        """
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        noise_BCTHW = torch.stack([torch.randn(shape, generator=g, device=self.device) for g in generators])
+        conditioning = (conditioning or Conditioning()).for_batch(len(seeds))
+        if mode == "turbo":
+            settings = self.turbo_settings(steps, ode, sigma_max)
+            latents_BCTHW = sample_turbo(
+                self._velocity(context_BLD, conditioning),
+                noise_BCTHW,
+                generators=generators,
+                callback=callback,
+                **settings,
+            )
+        elif mode == "teacher":
+            steps = self.variant.teacher_steps if steps is None else steps
+            if not 1 <= steps <= 1000:
+                raise ValueError(f"steps = {steps}: the teacher sampler takes 1 to 1000")
+            if negative_BLD is None:
+                raise ValueError("negative_BLD is missing: teacher sampling needs the negative prompt's embedding")
+            latents_BCTHW = sample_teacher(
+                self._velocity(context_BLD, conditioning, negative_BLD, guidance),
+                noise_BCTHW,
+                steps=steps,
+                shift=self.variant.shift if shift is None else shift,
+                solver=solver,
+                grid=grid,
+                callback=callback,
+            )
+        else:
+            raise ValueError(f"mode = {mode!r}: choose turbo or teacher")
+        return conditioning.restore(latents_BCTHW).float()
+
+    def turbo_settings(
+        self, steps: int | None = None, ode: bool | None = None, sigma_max: float | None = None
+    ) -> dict[str, Any]:
+        """Arguments of the Turbo sampler: what is given here, else what the checkpoint says, else the variant's."""
+        told = (self.meta.sampler if self.meta else None) or {}
+        times = told.get("times")
+        most = len(times) + 1 if times else 4
+        steps = min(4, most) if steps is None else steps
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps = {steps}: the Turbo sampler of this checkpoint takes 1 to {most}")
+        return {
+            "steps": steps,
+            "times": times,
+            "ode": bool(told.get("ode", False)) if ode is None else ode,
+            "sigma_max": float(told.get("sigma_max", self.variant.sigma_max)) if sigma_max is None else sigma_max,
+        }
+
+    def decode(self, latents_BCTHW: Tensor) -> list[np.ndarray]:
+        """One uint8 (T', H', W', 3) array a latent."""
+        frames_BTHWC = self.codec.decode(latents_BCTHW)
+        return list(torch.as_tensor(frames_BTHWC).cpu().numpy())
+
+    def _velocity(
+        self,
+        context_BLD: Tensor,
+        conditioning: Conditioning,
+        negative_BLD: Tensor | None = None,
+        guidance: float | None = None,
+    ) -> Velocity:
+        velocities: list[Velocity] = []
+        for index, expert in enumerate(self.experts):
+            velocity: Velocity = bind(expert, context_BLD, **conditioning.arguments)
+            if negative_BLD is not None:
+                low_scale, high_scale = self.variant.cfg
+                scale = (high_scale if index == 0 and len(self.experts) > 1 else low_scale) if guidance is None else guidance
+                velocity = guided(velocity, bind(expert, negative_BLD, **conditioning.arguments), scale)
+            velocities.append(velocity)
+        if len(velocities) == 1:
+            return velocities[0]
+        assert self.variant.boundary is not None  # every two-expert variant has one
+        return switch_experts(velocities[0], velocities[1], self.variant.boundary)
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def _phase(self, timings: dict[str, Any], name: str):  # noqa: ANN202  # a generator's type says nothing here
+        start = self._clock()
+        yield
+        timings[name] += self._clock() - start
+
+    def _step_clock(self, timings: dict[str, Any], callback: Callback | None) -> Callback:
+        timings["dit_steps"] = []
+        last = self._clock()
+
+        def step(done: int, total: int) -> None:
+            nonlocal last
+            now = self._clock()
+            timings["dit_steps"].append(now - last)
+            last = now
+            if callback is not None:
+                callback(done, total)
+
+        return step
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`auto` is cuda where there is one, else cpu. Raises ValueError for a cuda device that is not there."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = torch.device(device)
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise ValueError(f"device = {str(device)!r}: torch sees {count} CUDA device(s); use device=cpu or device=auto")
+    return place
+
+
+def find_component(name: str, components: dict[str, str], checkpoint: Path) -> str:
+    """Where a component lies: relative to the checkpoint folder (or to the folder above an expert), absolute, or a hub id.
+
+    Raises:
+        ValueError: the checkpoint names none, or names a relative path that is not there.
+    """
+    value = components.get(name)
+    if not value:
+        raise ValueError(f"{checkpoint} names no {name}: say {name}=FOLDER (its metadata may record it when it is exported)")
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    bases = [folder, folder / "high", folder.parent]
+    candidates = [Path(value).expanduser(), *(base / value for base in bases)] if not Path(value).is_absolute() else [Path(value)]
+    # The checkpoint's own folder comes before the working directory: a stray ./vae must not win.
+    for candidate in [*candidates[1:], candidates[0]]:
+        if candidate.exists():
+            return str(candidate)
+    looks_like_hub_id = value.count("/") == 1 and not value.startswith((".", "/"))
+    if looks_like_hub_id:
+        return value
+    raise ValueError(f"{name} = {value!r}: not found beside {checkpoint}; say {name}=FOLDER")
+
+
+def default_negative_prompt(variant: Variant) -> str:
+    """The published negative prompt of Wan (formats.md 9); the shapes world has none."""
+    if variant.vae == "shapes":
+        return ""
+    return ("镜头晃动，" if variant.name.startswith("wan2.1_i2v") else "") + _WAN_NEGATIVE
+
+
+_WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
+
+def _network_dtype(dtype: torch.dtype | None, meta: CheckpointMeta, device: torch.device) -> torch.dtype | None:
+    if dtype is not None or meta.quantization:
+        return dtype  # None keeps int8 layers int8
+    if device.type == "cpu":
+        return torch.float32
+    return getattr(torch, meta.dtype, torch.bfloat16) if meta.dtype else torch.bfloat16
+
+
+def _batches(count: int, size: int | None) -> list[range]:
+    if size is not None and size < 1:
+        raise ValueError(f"batch_size = {size}: must be at least 1")
+    step = count if size is None else size
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
