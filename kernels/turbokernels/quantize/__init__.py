@@ -1,0 +1,1 @@
+"""Symmetric 8-bit quantisation of activations and weights (method.md section 7)."""

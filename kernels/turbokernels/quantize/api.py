@@ -1,0 +1,65 @@
+"""Public entries of 8-bit quantisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from turbokernels import dispatch
+from turbokernels.checks import FLOAT_DTYPES
+from turbokernels.quantize import reference
+
+ROW_IMPLEMENTATIONS = {"reference": reference.quantize_rows}
+BLOCK_IMPLEMENTATIONS = {"reference": reference.quantize_block}
+
+
+def _check(op: str, x: Tensor, min_dims: int) -> None:
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{op}: the input has dtype {x.dtype}; expected a float type: cast it first")
+    if x.ndim < min_dims or x.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: the input has shape {tuple(x.shape)}; expected at least {min_dims} dimension(s) and one feature"
+        )
+
+
+def _check_dtype(op: str, dtype: torch.dtype) -> None:
+    if dtype not in reference.LIMITS:
+        raise ValueError(f"{op}: dtype={dtype} is not an 8-bit type of a scheme; use torch.int8 or torch.float8_e4m3fn")
+
+
+def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Quantise activations per token: x (..., K) -> values (..., K) of `dtype`, float32 scale (...); x ~ values *
+    scale[..., None].
+
+    int8: scale = amax / 127, round half to even, values in +-127. float8_e4m3fn: scale = amax / 448. A zero token
+    gets scale 1. No gradient. Errors: ValueError for an input that is not floating or has no features, an unknown
+    dtype or impl.
+    Source: method.md section 7.
+    """
+    _check("quantize_token", x, 1)
+    _check_dtype("quantize_token", dtype)
+    return dispatch.choose("quantize_token", impl, x.device, ROW_IMPLEMENTATIONS)(x, dtype)
+
+
+def quantize_channel(w: Tensor, dtype: torch.dtype = torch.int8, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Quantise a weight per output channel: w (N, K) -> values (N, K) of `dtype`, float32 scale (N,). As
+    `quantize_token`.
+    """
+    _check("quantize_channel", w, 2)
+    _check_dtype("quantize_channel", dtype)
+    return dispatch.choose("quantize_channel", impl, w.device, ROW_IMPLEMENTATIONS)(w, dtype)
+
+
+def quantize_block(x: Tensor, block: int = 128, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Quantise in tiles: x (..., L, K) -> int8 (..., L, K), float32 scale (..., ceil(L / block), ceil(K / block)).
+
+    scale = amax / 128, values = clamp(round(x / scale), -128, 127); the last tiles may be ragged; a zero tile gets
+    scale 1. Tiles never span two samples: the leading dimensions are quantised one by one, so a batch equals its
+    samples. No gradient. Errors: ValueError for an input that is not floating, has under two dimensions or no
+    features, or block < 1.
+    Source: method.md section 7, formats.md section 4 (layout of published `-quant.pth` files).
+    """
+    _check("quantize_block", x, 2)
+    if block < 1:
+        raise ValueError(f"quantize_block: block={block}; expected at least 1 (published files use 128)")
+    return dispatch.choose("quantize_block", impl, x.device, BLOCK_IMPLEMENTATIONS)(x, block)
