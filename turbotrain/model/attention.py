@@ -1,0 +1,83 @@
+"""Self-attention operators, swapped per model: dense, and SLA (method.md section 3; SLA: arXiv 2509.24006).
+
+Operands are Duals of (B, L, N, D): B batch, L tokens, N heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import turbokernels as tk
+from torch import Tensor, nn
+from turbokernels import BlockMask
+
+from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.tangent import Dual, WideLinear, linear
+
+
+def dense_attention(q: Dual, k: Dual, v: Dual) -> Dual:
+    """softmax(q k^T / sqrt(D)) v, Lq != Lk allowed; q (B, Lq, N, D), k and v (B, Lk, N, D) -> (B, Lq, N, D)."""
+    if q.t is None and k.t is None and v.t is None:
+        operands = (dual.x.transpose(1, 2) for dual in (q, k, v))
+        return Dual(F.scaled_dot_product_attention(*operands).transpose(1, 2))
+    return Dual(*tk.attention_jvp(q.x, k.x, v.x, q.t, k.t, v.t))
+
+
+class DenseAttention(nn.Module):
+    """Every query attends to every key. There are no blocks, so the selection is always None."""
+
+    def forward(self, q: Dual, k: Dual, v: Dual, selection: BlockMask | None = None) -> tuple[Dual, None]:
+        return dense_attention(q, k, v), None
+
+
+class SparseLinearAttention(nn.Module):
+    """SLA: softmax attention over the kept key blocks, plus a projection P of linear attention over all keys.
+
+    P is float32, zero at initialisation (SLA then is pure sparse attention) and shared by the heads. Its place in the module
+    tree gives the published key `attn_op.local_attn.proj_l`.
+    """
+
+    def __init__(self, head_dim: int, config: AttentionConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.config = config
+        proj_l = WideLinear(head_dim, head_dim, device=device, dtype=torch.float32)
+        self.local_attn = nn.ModuleDict({"proj_l": proj_l})
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero P: the linear branch contributes nothing until it is trained."""
+        for parameter in self.local_attn.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, q: Dual, k: Dual, v: Dual, selection: BlockMask | None = None) -> tuple[Dual, BlockMask]:
+        """o (B, L, N, D) and the block lists used: `selection` if given, else chosen from q and k (no gradient)."""
+        config = self.config
+        if selection is None:
+            with torch.no_grad():
+                selection = tk.select_blocks(q.x, k.x, config.topk, config.block_q, config.block_k)
+        primals, tangents = (q.x, k.x, v.x), (q.t, k.t, v.t)
+        if any(tangent is not None for tangent in tangents):
+            if config.kind == "sage_sla":
+                raise ValueError("attention.kind=sage_sla has no tangent (inference only): use sla, which shares its weights")
+            sparse = Dual(*tk.sparse_attention_jvp(*primals, *tangents, selection))
+            global_ = Dual(*tk.linear_attention_jvp(*primals, *tangents, config.feature_map))
+        else:
+            sparse = Dual(self._sparse(*primals, selection))
+            global_ = Dual(tk.linear_attention(*primals, config.feature_map))
+        global_ = linear(self.local_attn["proj_l"], global_)
+        out = sparse.x + global_.x.to(sparse.x.dtype)
+        if sparse.t is None or global_.t is None:
+            return Dual(out), selection
+        return Dual(out, sparse.t + global_.t.to(sparse.t.dtype)), selection
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockMask) -> Tensor:
+        if self.config.kind == "sla":
+            return tk.sparse_attention(q, k, v, selection)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise ValueError("attention.kind=sage_sla has no gradient (inference only): train with sla, which shares its weights")
+        return tk.sage_sparse_attention(q, k, v, selection)
+
+
+def build_attention(head_dim: int, config: AttentionConfig, device: torch.device | None = None) -> nn.Module:
+    """The operator that `config` describes."""
+    return SparseLinearAttention(head_dim, config, device) if config.is_sparse else DenseAttention()

@@ -1,0 +1,97 @@
+"""Values that carry a tangent: how one forward pass of the network also yields its directional derivative.
+
+Forward-mode AD of the whole module fails under DDP, FSDP2 and ZeRO-3 (stack.md). So the network is written once on `Dual`s,
+a value with its graph and, when asked for, a tangent without one: linear layers multiply the tangent by the same weight,
+small pure functions take theirs from `torch.func.jvp` on detached inputs, attention from turbokernels. Without tangents
+each function here is a plain call.
+
+Shape suffixes: B batch, L tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Dual(NamedTuple):
+    """x: a value. t: its tangent, of x's shape and dtype and without a graph; None stands for zero."""
+
+    x: Tensor
+    t: Tensor | None = None
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the precision of the float32 islands: float32, or float64 when it already is."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def lift(fn: Callable[..., Tensor], *args: Any) -> Dual:
+    """fn(*args) for a pure function, with its tangent along the tangents of those args that are Duals."""
+    values = [arg.x if isinstance(arg, Dual) else arg for arg in args]
+    tangents = {i: arg.t for i, arg in enumerate(args) if isinstance(arg, Dual) and arg.t is not None}
+    if not tangents:
+        return Dual(fn(*values))
+
+    def of_moving(*moving: Tensor) -> Tensor:
+        filled = list(values)
+        for i, value in zip(tangents, moving):
+            filled[i] = value
+        return fn(*filled)
+
+    with torch.no_grad():
+        inputs = tuple(values[i].detach() for i in tangents)
+        value, tangent = torch.func.jvp(of_moving, inputs, tuple(tangents.values()))
+    return Dual(fn(*values) if torch.is_grad_enabled() else value, tangent)
+
+
+def add(a: Dual, b: Dual) -> Dual:
+    """a + b; the shapes may broadcast when only one of the two has a tangent of the full shape."""
+    if a.t is None or b.t is None:
+        return Dual(a.x + b.x, b.t if a.t is None else a.t)
+    return Dual(a.x + b.x, a.t + b.t)
+
+
+class Linear(nn.Linear):
+    """nn.Linear that takes a tangent along: (x, tx) -> (W x + b, W tx).
+
+    The tangent is computed inside forward, because ZeRO-3 frees the weight as soon as forward returns.
+    """
+
+    has_tangent = True
+
+    def forward(self, input: Tensor, tangent: Tensor | None = None) -> Any:
+        out = F.linear(input, self.weight, self.bias)
+        if tangent is None:
+            return out
+        with torch.no_grad():
+            return out, F.linear(tangent, self.weight)
+
+
+class WideLinear(Linear):
+    """A Linear of the float32 islands: whatever dtype its weight is stored in, it multiplies in float32 or better."""
+
+    def forward(self, input: Tensor, tangent: Tensor | None = None) -> Any:
+        dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
+        weight = self.weight.to(dtype)
+        out = F.linear(input.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
+        if tangent is None:
+            return out
+        with torch.no_grad():
+            return out, F.linear(tangent.to(dtype), weight)
+
+
+def linear(module: nn.Module, dual: Dual) -> Dual:
+    """module(dual) for a linear layer. Raises ValueError when a quantized layer is asked for a tangent."""
+    if dual.t is None:
+        return Dual(module(dual.x))
+    if not getattr(module, "has_tangent", False):
+        raise ValueError(
+            f"{type(module).__name__} has no tangent: quantized layers are for inference; load the checkpoint with an "
+            "explicit dtype (for example torch.bfloat16), which dequantizes it"
+        )
+    return Dual(*module(dual.x, dual.t))

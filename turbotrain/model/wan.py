@@ -1,0 +1,395 @@
+"""The Wan video diffusion transformer (arXiv 2503.20314): one implementation for every published variant.
+
+Parameter names are those of the official checkpoints (formats.md 2). Time embedding and projection, modulation, norms, rotary
+embedding and head compute in float32 whatever the weights' dtype, as published; the rest computes in the weights' dtype.
+
+Shape suffixes: B batch, C channels, T H W latent frames, height, width, L video tokens, S context tokens, M 1 or L (one time
+for the sample, or one per token), D model width, N heads, P rotary pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from turbokernels import BlockMask
+
+from turbotrain.model import functional as fn
+from turbotrain.model.attention import SparseLinearAttention, build_attention, dense_attention
+from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.rope import Grid, inverse_order, rope_table, token_order
+from turbotrain.model.tangent import Dual, Linear, WideLinear, add, lift, linear, wide
+from turbotrain.model.variants import WanConfig
+
+# Parameters that stay float32 when the network is cast; P of SLA is one of them.
+FLOAT32_ISLANDS = re.compile(r"(^|\.)(time_embedding|time_projection|modulation|norm3|norm_[qk](_img)?|head|proj_l)(\.|$)")
+Selection = Sequence[BlockMask | None]
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight (D,) of a norm over all heads; functional.py computes with it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class SelfAttention(nn.Module):
+    """q, k (normed, rotated) and v of all tokens through the model's attention operator."""
+
+    def __init__(self, config: WanConfig, attention: AttentionConfig) -> None:
+        super().__init__()
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim), RMSNorm(config.dim)
+        self.attn_op = build_attention(config.head_dim, attention)
+
+    def forward(self, x: Dual, rope_LP: Tensor, selection: BlockMask | None) -> tuple[Dual, BlockMask | None]:
+        q = lift(fn.norm_rope, linear(self.q, x), self.norm_q.weight, rope_LP, self.eps)
+        k = lift(fn.norm_rope, linear(self.k, x), self.norm_k.weight, rope_LP, self.eps)
+        v = _split_heads(linear(self.v, x), self.num_heads)
+        out, selection = self.attn_op(q, k, v, selection)
+        return linear(self.o, _merge_heads(out)), selection
+
+
+class CrossAttention(nn.Module):
+    """Video tokens attend to the text and, where the network has CLIP tokens (Wan 2.1 I2V), to the image; the two add up."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.num_heads, self.eps = config.num_heads, config.eps
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim), RMSNorm(config.dim)
+        if config.image_dim is not None:
+            self.k_img, self.v_img = Linear(config.dim, config.dim), Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim)
+
+    def forward(self, x: Dual, context_BSD: Tensor, clip_BSD: Tensor | None) -> Dual:
+        q = _split_heads(lift(fn.rms_norm, linear(self.q, x), self.norm_q.weight, self.eps), self.num_heads)
+        out = self._attend(q, context_BSD, self.k, self.v, self.norm_k)
+        if clip_BSD is not None:
+            out = add(out, self._attend(q, clip_BSD, self.k_img, self.v_img, self.norm_k_img))
+        return linear(self.o, _merge_heads(out))
+
+    def _attend(self, q: Dual, context_BSD: Tensor, to_k: nn.Module, to_v: nn.Module, norm_k: RMSNorm) -> Dual:
+        k = lift(fn.rms_norm, to_k(context_BSD), norm_k.weight, self.eps)
+        return dense_attention(q, _split_heads(k, self.num_heads), _split_heads(Dual(to_v(context_BSD)), self.num_heads))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the first and last are modulated and gated by the time.
+
+    smooth_attn, smooth_ffn: optional SmoothQuant vectors (D,) that divide the inputs of q, k, v and of ffn.0; the quantizer
+    sets them and multiplies the weights. norm3 stands before cross-attention and is affine, as in the official names.
+    """
+
+    smooth_attn: Tensor | None
+    smooth_ffn: Tensor | None
+
+    def __init__(self, config: WanConfig, attention: AttentionConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.checkpointed = False
+        self.self_attn = SelfAttention(config, attention)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.ffn = nn.Sequential(
+            Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+        self.register_buffer("smooth_attn", None)
+        self.register_buffer("smooth_ffn", None)
+
+    def forward(
+        self,
+        x: Dual,
+        time: Sequence[Dual],
+        context_BSD: Tensor,
+        clip_BSD: Tensor | None,
+        rope_LP: Tensor,
+        selection: BlockMask | None = None,
+    ) -> tuple[Dual, BlockMask | None]:
+        """x (B, L, D) and the block lists of its self-attention; `time`: shift, scale, gate of attention, then of ffn (B, M, D)."""
+        if not (self.checkpointed and torch.is_grad_enabled()):
+            return self._compute(x, time, context_BSD, clip_BSD, rope_LP, selection)
+
+        def compute(x: Dual, time: Sequence[Dual], context_BSD: Tensor, clip_BSD: Tensor | None) -> Dual:
+            nonlocal selection  # the recomputation reuses the first pass's block lists
+            out, selection = self._compute(x, time, context_BSD, clip_BSD, rope_LP, selection)
+            return out
+
+        # Inside forward, so that the wrappers of parallel training sit outside; there is no dropout, so no RNG to restore.
+        out = checkpoint(compute, x, time, context_BSD, clip_BSD, use_reentrant=False, preserve_rng_state=False)
+        assert out is not None
+        return out, selection
+
+    def _compute(
+        self,
+        x: Dual,
+        time: Sequence[Dual],
+        context_BSD: Tensor,
+        clip_BSD: Tensor | None,
+        rope_LP: Tensor,
+        selection: BlockMask | None,
+    ) -> tuple[Dual, BlockMask | None]:
+        own = wide(self.modulation).unbind(1)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (Dual(m + e.x, e.t) for m, e in zip(own, time))
+
+        h, selection = self.self_attn(
+            lift(fn.norm_modulate, x, shift, scale, self.smooth_attn, self.eps), rope_LP, selection
+        )
+        x = lift(fn.gated_residual, x, h, gate)
+
+        h = lift(fn.affine_norm, x, self.norm3.weight, self.norm3.bias, self.eps)
+        x = add(x, self.cross_attn(h, context_BSD, clip_BSD))
+
+        h = linear(self.ffn[0], lift(fn.norm_modulate, x, ffn_shift, ffn_scale, self.smooth_ffn, self.eps))
+        h = linear(self.ffn[2], lift(fn.gelu_tanh, h))
+        return lift(fn.gated_residual, x, h, ffn_gate), selection
+
+
+class PatchEmbedding(nn.Conv3d):
+    """The published Conv3d over non-overlapping patches, computed as the linear map it is."""
+
+    has_tangent = True
+
+    def forward(self, input: Tensor, tangent: Tensor | None = None) -> Any:
+        """Patches (B, L, C * patch) -> (B, L, D), with the tangent's image when there is one."""
+        weight = self.weight.flatten(1)
+        out = nn.functional.linear(input, weight, self.bias)
+        if tangent is None:
+            return out
+        with torch.no_grad():
+            return out, nn.functional.linear(tangent, weight)
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP tokens (B, S, image_dim) -> (B, S, D). The norms are PyTorch's (eps 1e-5), as published."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim), Linear(image_dim, image_dim), nn.GELU(), Linear(image_dim, dim), nn.LayerNorm(dim)
+        )
+
+    def forward(self, clip_BSC: Tensor) -> Tensor:
+        first, last = self.proj[0], self.proj[4]
+        h = fn.affine_norm(clip_BSC, first.weight, first.bias, first.eps)
+        h = self.proj[3](self.proj[2](self.proj[1](h)))
+        return fn.affine_norm(h, last.weight, last.bias, last.eps)
+
+
+class Head(nn.Module):
+    """Modulated norm and projection to patches, all in float32."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        p_t, p_h, p_w = config.patch_size
+        self.eps = config.eps
+        self.head = WideLinear(config.dim, config.out_channels * p_t * p_h * p_w)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Dual, time: Dual) -> Dual:
+        """x (B, L, D), time embedding (B, M, D) -> patches (B, L, patch * C)."""
+        shift, scale = (Dual(m + time.x, time.t) for m in wide(self.modulation).unbind(1))
+        return linear(self.head, lift(fn.norm_modulate, lift(wide, x), shift, scale, None, self.eps))
+
+
+class WanTransformer(nn.Module):
+    """RF velocity of a noisy latent. `config`: dimensions; `attention_config`: the operator of every self-attention."""
+
+    def __init__(self, config: WanConfig, attention: AttentionConfig | None = None) -> None:
+        super().__init__()
+        self.config, self.attention_config = config, attention or AttentionConfig()
+        dim = config.dim
+        self.patch_embedding = PatchEmbedding(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
+        self.time_embedding = nn.Sequential(WideLinear(config.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config, self.attention_config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        if config.image_dim is not None:
+            self.img_emb = ImageEmbedding(config.image_dim, dim)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The published initialisation: Xavier linears, small embeddings, a head that outputs zero."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, PatchEmbedding)) and not name.endswith("proj_l"):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for name in ("0", "2"):
+            nn.init.normal_(self.text_embedding.get_submodule(name).get_parameter("weight"), std=0.02)
+            nn.init.normal_(self.time_embedding.get_submodule(name).get_parameter("weight"), std=0.02)
+        for block in self.blocks:
+            nn.init.normal_(block.get_parameter("modulation"), std=self.config.dim**-0.5)
+        nn.init.normal_(self.head.modulation, std=self.config.dim**-0.5)
+        nn.init.zeros_(self.head.head.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def set_weight_dtype(self, dtype: torch.dtype) -> WanTransformer:
+        """Cast the weights to `dtype`, except the float32 islands (which follow only to float64)."""
+        for name, parameter in self.named_parameters():
+            island = FLOAT32_ISLANDS.search(name) is not None and dtype != torch.float64
+            parameter.data = parameter.data.to(torch.float32 if island else dtype)
+        return self
+
+    def set_attention(self, attention: AttentionConfig) -> WanTransformer:
+        """Swap every self-attention operator in place. A P that exists is kept by SLA kinds; a new one starts at zero."""
+        for block in self.blocks:
+            attn = block.get_submodule("self_attn")
+            if attention.is_sparse and isinstance(attn.attn_op, SparseLinearAttention):
+                attn.attn_op.config = attention
+            else:
+                attn.attn_op = build_attention(self.config.head_dim, attention, self.device)
+        self.attention_config = attention
+        return self
+
+    def enable_activation_checkpointing(self, enabled: bool = True) -> WanTransformer:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        for block in self.blocks:
+            block.checkpointed = enabled
+        return self
+
+    def forward(
+        self,
+        x_BCTHW: Tensor,
+        timestep: Tensor,
+        context_BSC: Tensor,
+        y_BCTHW: Tensor | None = None,
+        clip_BSC: Tensor | None = None,
+        *,
+        tangents: tuple[Tensor, Tensor] | None = None,
+        selection: Selection | None = None,
+        return_selection: bool = False,
+    ) -> Any:
+        """v (B, C, T, H, W), float32 or better; then its tangent if `tangents`; then the block lists if `return_selection`.
+
+        timestep: 1000 s, (B,) or one per token in raster order (B, L). context_BSC: text embedding padded with zero rows.
+        y_BCTHW: channels concatenated to x (I2V: mask, image latent). clip_BSC: CLIP tokens (Wan 2.1 I2V).
+        tangents: (tx like x, ttimestep like timestep); v keeps its graph, the tangent has none (stack.md).
+        selection: block lists per layer (None entries are chosen anew), as an earlier call returned them.
+        Raises ValueError for inputs that do not fit `config`.
+        """
+        grid = self._check(x_BCTHW, timestep, context_BSC, y_BCTHW, clip_BSC, tangents, selection)
+        tx, ttimestep = tangents if tangents is not None else (None, None)
+        attention = self.attention_config
+        block = min(attention.block_q, attention.block_k) if attention.order == "cube" else None
+        order_L = token_order(grid, block, x_BCTHW.device)
+
+        x = lift(self._patches, Dual(x_BCTHW.to(self.dtype), None if tx is None else tx.to(self.dtype)), y_BCTHW, order_L)
+        x = linear(self.patch_embedding, x)
+        rope_LP = rope_table(grid, self.config.head_dim, block, x_BCTHW.device, wide(x.x).dtype)
+
+        time, modulation = self._time(timestep, ttimestep, order_L, wide(x.x).dtype)
+        context_BSD = self.text_embedding[2](fn.gelu_tanh(self.text_embedding[0](context_BSC.to(self.dtype))))
+        clip_BSD = None if clip_BSC is None else self.img_emb(clip_BSC.to(self.dtype))
+
+        chosen: list[BlockMask | None] = []
+        for layer, given in zip(self.blocks, selection or [None] * len(self.blocks)):
+            x, mask = layer(x, modulation, context_BSD, clip_BSD, rope_LP, given)
+            chosen.append(mask)
+
+        v = lift(self._unpatch, self.head(x, time), grid, block)
+        out = (v.x,) if tangents is None else (v.x, torch.zeros_like(v.x) if v.t is None else v.t)
+        out = (*out, chosen) if return_selection else out
+        return out if len(out) > 1 else out[0]
+
+    def _patches(self, x_BCTHW: Tensor, y_BCTHW: Tensor | None, order_L: Tensor | None) -> Tensor:
+        """Tokens in the order of the blocks, (B, L, C * patch); `y` is constant, so its tangent is zero."""
+        if y_BCTHW is not None:
+            x_BCTHW = torch.cat([x_BCTHW, y_BCTHW.to(x_BCTHW.dtype)], dim=1)
+        p, q, r = self.config.patch_size
+        x_BLD = rearrange(x_BCTHW, "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=p, q=q, r=r)
+        return x_BLD if order_L is None else x_BLD.index_select(1, order_L)
+
+    def _unpatch(self, x_BLD: Tensor, grid: Grid, block: int | None) -> Tensor:
+        """The inverse of `_patches`, for the head's channel-last patches."""
+        if block is not None:
+            x_BLD = x_BLD.index_select(1, inverse_order(grid, block, x_BLD.device))
+        (t, h, w), (p, q, r) = grid, self.config.patch_size
+        return rearrange(
+            x_BLD, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r
+        ).contiguous()
+
+    def _time(
+        self, timestep: Tensor, ttimestep: Tensor | None, order_L: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Dual, list[Dual]]:
+        """Time embedding (B, M, D) for the head, and the blocks' six modulation vectors (B, M, D) of it."""
+
+        def code(timestep_BM: Tensor) -> Tensor:
+            return fn.time_code(timestep_BM, self.config.freq_dim).to(dtype)
+
+        def per_token(times: Tensor) -> Tensor:
+            times_BM = times[:, None] if times.ndim == 1 else times
+            return times_BM if order_L is None or times_BM.shape[1] == 1 else times_BM.index_select(1, order_L)
+
+        times = Dual(per_token(timestep.double()), None if ttimestep is None else per_token(ttimestep.double()))
+        hidden = lift(nn.functional.silu, linear(self.time_embedding[0], lift(code, times)))
+        time = linear(self.time_embedding[2], hidden)
+        projected = linear(self.time_projection[1], lift(nn.functional.silu, time))
+        values = projected.x.unflatten(-1, (6, -1)).unbind(2)
+        slopes = [None] * 6 if projected.t is None else projected.t.unflatten(-1, (6, -1)).unbind(2)
+        return time, [Dual(value, slope) for value, slope in zip(values, slopes)]
+
+    def _check(
+        self,
+        x_BCTHW: Tensor,
+        timestep: Tensor,
+        context_BSC: Tensor,
+        y_BCTHW: Tensor | None,
+        clip_BSC: Tensor | None,
+        tangents: tuple[Tensor, Tensor] | None,
+        selection: Selection | None,
+    ) -> Grid:
+        """The token grid (t, h, w); ValueError where an input does not fit the network."""
+        config = self.config
+        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != config.out_channels:
+            raise ValueError(f"x has shape {tuple(x_BCTHW.shape)}: expected (B, {config.out_channels}, T, H, W)")
+        batch, _, *sizes = x_BCTHW.shape
+        if any(size < 1 or size % p for size, p in zip(sizes, config.patch_size)):
+            raise ValueError(f"x has (T, H, W) = {tuple(sizes)}: each must be a multiple of the patch {config.patch_size}")
+        t, h, w = (size // p for size, p in zip(sizes, config.patch_size))
+        y_channels = 0 if y_BCTHW is None else y_BCTHW.shape[1]
+        if y_channels != config.condition_channels or (y_BCTHW is not None and [*y_BCTHW.shape[2:]] != sizes):
+            given = "none" if y_BCTHW is None else str(tuple(y_BCTHW.shape))
+            raise ValueError(f"y is {given}: this network takes {config.condition_channels} channels of (T, H, W) = {tuple(sizes)}")
+        if (clip_BSC is None) != (config.image_dim is None):
+            needs = "none" if config.image_dim is None else f"(B, tokens, {config.image_dim})"
+            raise ValueError(f"clip is {'missing' if clip_BSC is None else tuple(clip_BSC.shape)}: this network takes {needs}")
+        if context_BSC.ndim != 3 or context_BSC.shape[0] != batch or context_BSC.shape[2] != config.text_dim:
+            raise ValueError(f"context has shape {tuple(context_BSC.shape)}: expected ({batch}, tokens, {config.text_dim})")
+        if tuple(timestep.shape) not in ((batch,), (batch, 1), (batch, t * h * w)):
+            raise ValueError(f"timestep has shape {tuple(timestep.shape)}: expected ({batch},) or ({batch}, {t * h * w})")
+        if tangents is not None:
+            if torch.is_inference_mode_enabled():
+                raise ValueError("tangents are lost under torch.inference_mode: use torch.no_grad")
+            if tangents[0].shape != x_BCTHW.shape or tangents[1].shape != timestep.shape:
+                shapes = f"{tuple(tangents[0].shape)}, {tuple(tangents[1].shape)}"
+                raise ValueError(f"tangents have shapes {shapes}: expected those of x and timestep")
+        if selection is not None and len(selection) != config.num_layers:
+            raise ValueError(f"selection lists {len(selection)} layers: this network has {config.num_layers}")
+        return (t, h, w)
+
+
+def _split_heads(x: Dual, num_heads: int) -> Dual:
+    """(B, L, N * H) -> (B, L, N, H)."""
+    return Dual(x.x.unflatten(-1, (num_heads, -1)), None if x.t is None else x.t.unflatten(-1, (num_heads, -1)))
+
+
+def _merge_heads(x: Dual) -> Dual:
+    """(B, L, N, H) -> (B, L, N * H)."""
+    return Dual(x.x.flatten(2), None if x.t is None else x.t.flatten(2))
