@@ -1,0 +1,181 @@
+"""Shards of latents and text embeddings: what every training stage reads, so that no step runs the VAE.
+
+A folder of webdataset shards, each sample `{index:09d}.latent.pt`, `.embed.pt`, `.prompt.txt` (the layout that rCM's data
+uses, formats shared with its trainer), beside `dataset.safetensors`, which holds the embedding of the empty prompt
+and, as metadata, counts and shapes. Tensors are stored in float16.
+
+Legend: B batch, C channels, T latent frames, H, W latent height and width, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import webdataset as wds
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turbotrain.checkpoint.io import load_tensor
+
+INDEX_FILE = "dataset.safetensors"
+
+
+class DatasetError(ValueError):
+    """Shards that cannot be trained on: which file, what is wrong, and what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    latent_CTHW: Tensor
+    embed_LD: Tensor
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    latent_BCTHW: Tensor
+    embed_BLD: Tensor
+    prompts: list[str]
+
+
+def write_shards(
+    folder: Path, samples: Iterable[Sample], negative_LD: Tensor, samples_per_shard: int, source: dict[str, object]
+) -> int:
+    """Write a data set; the folder bears its name only when it is complete. Returns the number of samples.
+
+    Args:
+        negative_LD: embedding of the empty (negative) prompt.
+        source: what the samples are, recorded as it is.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        count, latent_shape = 0, None
+        with wds.ShardWriter(str(partial / "train-%06d.tar"), maxcount=samples_per_shard, verbose=0) as sink:
+            for sample in samples:
+                latent_shape = list(sample.latent_CTHW.shape)
+                sink.write(
+                    {
+                        "__key__": f"{count:09d}",
+                        "latent.pt": _tensor_bytes(sample.latent_CTHW),
+                        "embed.pt": _tensor_bytes(sample.embed_LD),
+                        "prompt.txt": sample.prompt,
+                    }
+                )
+                count += 1
+        facts = {"count": count, "latent_shape": latent_shape, "embed_shape": list(negative_LD.shape), **source}
+        negative = {"negative_embed": negative_LD.half().contiguous()}
+        save_file(negative, partial / INDEX_FILE, metadata={"turbotrain": json.dumps(facts)})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return count
+
+
+class LatentDataset:
+    """All samples of a folder of shards, in memory (float16), addressed by index.
+
+    Raises:
+        DatasetError: no folder, no shards, a shard that cannot be read or is empty, a sample without its parts, or of another
+            shape than `latent_shape`.
+    """
+
+    def __init__(self, folder: Path, latent_shape: Sequence[int] | None = None) -> None:
+        self.folder = folder
+        index = folder / INDEX_FILE
+        shards = sorted(folder.glob("*.tar"))
+        if not folder.is_dir() or not shards:
+            raise DatasetError(f"data: no *.tar shards in {folder}; run the data stage, or set data.path to a folder of shards")
+        if not index.is_file():
+            raise DatasetError(f"data: {index} is missing; it holds the empty prompt's embedding. Build the shards again")
+        try:
+            with safe_open(index, framework="pt") as file:
+                self.negative_LD = file.get_tensor("negative_embed")
+                self.facts = json.loads((file.metadata() or {}).get("turbotrain", "{}"))
+        except Exception as error:
+            raise DatasetError(f"data: {index} cannot be read ({error}); build the shards again") from error
+        expected = tuple(latent_shape or self.facts["latent_shape"])
+        embed_shape = tuple(self.negative_LD.shape)
+        latents, embeds, self.prompts = [], [], []
+        for shard in shards:
+            for key, latent, embed, prompt in _read_shard(shard):
+                for part, tensor, shape in (("latent", latent, expected), ("embed", embed, embed_shape)):
+                    if tuple(tensor.shape) != shape:
+                        raise DatasetError(
+                            f"data: {shard.name}, sample {key}: {part} has shape {tuple(tensor.shape)}, expected {shape}; "
+                            "the shards were made for another resolution, length or text encoder"
+                        )
+                latents.append(latent)
+                embeds.append(embed)
+                self.prompts.append(prompt)
+        self.latent_NCTHW = torch.stack(latents)
+        self.embed_NLD = torch.stack(embeds)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: torch.device) -> LatentDataset:
+        """Keep the tensors on `device`, so that a step copies nothing from the host."""
+        self.latent_NCTHW = self.latent_NCTHW.to(device)
+        self.embed_NLD = self.embed_NLD.to(device)
+        self.negative_LD = self.negative_LD.to(device)
+        return self
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """float32 tensors of these samples."""
+        where = torch.tensor(indices, device=self.latent_NCTHW.device)
+        return Batch(
+            self.latent_NCTHW[where].float(), self.embed_NLD[where].float(), [self.prompts[i] for i in indices]
+        )
+
+
+def _read_shard(shard: Path) -> Iterator[tuple[str, Tensor, Tensor, str]]:
+    """The samples of one shard, each checked to be whole."""
+    _check_tar(shard)
+    # webdataset takes URLs: an explicit scheme keeps a path with odd characters from being read as a command.
+    samples = wds.WebDataset(f"file:{shard}", shardshuffle=False, handler=wds.handlers.reraise_exception, empty_check=False)
+    found = 0
+    try:
+        for sample in samples:
+            key = sample["__key__"]
+            missing = [part for part in ("latent.pt", "embed.pt", "prompt.txt") if part not in sample]
+            if missing:
+                raise DatasetError(f"data: {shard.name}, sample {key}: no {', '.join(missing)}; build the shard again")
+            latent, embed = (load_tensor(sample[part], f"{shard.name}, sample {key}") for part in ("latent.pt", "embed.pt"))
+            if not torch.isfinite(latent).all():
+                raise DatasetError(f"data: {shard.name}, sample {key}: the latent holds NaN or Inf; build the shard again")
+            found += 1
+            yield key, latent.half(), embed.half(), sample["prompt.txt"].decode()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DatasetError(f"data: {shard} is not a readable tar ({error}); build or copy the shard again") from error
+    if not found:
+        raise DatasetError(f"data: {shard} holds no samples; remove it, or build the shards again")
+
+
+def _check_tar(shard: Path) -> None:
+    """A truncated tar ends silently for a streaming reader, so its last member is checked against the file's length."""
+    try:
+        with tarfile.open(shard) as archive:
+            members = archive.getmembers()
+    except tarfile.TarError as error:
+        raise DatasetError(f"data: {shard} is not a readable tar ({error}); build or copy the shard again") from error
+    if members and members[-1].offset_data + members[-1].size > shard.stat().st_size:
+        raise DatasetError(f"data: {shard} is truncated in {members[-1].name}; build or copy the shard again")
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensor.half().cpu().contiguous().clone(), buffer)
+    return buffer.getvalue()

@@ -1,0 +1,119 @@
+"""What a stage is given, and the few steps that several stages share.
+
+Legend: B batch, C channels, T latent frames, H, W latent height and width, L text tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from turbotrain.config import Config, LoopSection, RcmSection, TimeSection
+from turbotrain.data.latents import Batch, LatentDataset
+from turbotrain.diffusion.times import sample_lognormal, sample_uniform_shift
+from turbotrain.model.variants import VARIANTS, Variant
+from turbotrain.training.loop import LoopSettings
+from turbotrain.training.seeding import StepRandom, derive_seed, epoch_order
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """One stage of one run: its folder, and where its inputs lie (by role: codec, data, teacher, sla, rcm, merge, quantize)."""
+
+    name: str
+    config: Config
+    folder: Path
+    inputs: Mapping[str, Path]
+    accelerator: Accelerator
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the stage's result goes."""
+        return self.folder / "checkpoint"
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def variant(self) -> Variant:
+        return VARIANTS[self.config.model.variant]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        data = self.config.data
+        return self.variant.latent_shape(data.frames, data.height, data.width)
+
+    @property
+    def seed(self) -> int:
+        """The stage's own root of randomness: two stages of a run do not share noise."""
+        return derive_seed(self.config.seed, self.name)
+
+    def say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(f"{self.name}: {text}", flush=True)
+
+    def dataset(self) -> LatentDataset:
+        return LatentDataset(self.inputs["data"], self.latent_shape).to(self.device)
+
+    def loop_settings(self, section: LoopSection | RcmSection) -> LoopSettings:
+        return LoopSettings(
+            title=self.name,
+            steps=section.steps,
+            save_every=section.save_every,
+            sample_every=section.sample_every,
+            max_bad_steps=section.max_bad_steps,
+            log_every=self.config.logging.log_every,
+            keep_last=self.config.launch.keep_last,
+        )
+
+
+class BatchSource:
+    """This rank's share of the global batch of any step: data in epoch order, randomness by (seed, step, position)."""
+
+    def __init__(self, context: StageContext, dataset: LatentDataset, batch_size: int) -> None:
+        processes = context.accelerator.num_processes
+        if batch_size % processes:
+            raise ValueError(
+                f"{context.name}.batch_size={batch_size}: must divide by the number of processes, {processes}; "
+                f"for example {max(1, batch_size // processes) * processes}"
+            )
+        self.dataset = dataset
+        self.seed = context.seed
+        self.device = context.device
+        self.batch_size = batch_size
+        share = batch_size // processes
+        self.positions = range(context.accelerator.process_index * share, (context.accelerator.process_index + 1) * share)
+        self._orders: dict[int, list[int]] = {}
+
+    def at(self, step: int) -> tuple[Batch, StepRandom]:
+        indices = [self._index(step * self.batch_size + position) for position in self.positions]
+        return self.dataset.batch(indices), StepRandom(self.seed, step, self.positions, self.device)
+
+    def _index(self, drawn: int) -> int:
+        epoch, offset = divmod(drawn, len(self.dataset))
+        if epoch not in self._orders:
+            # A batch straddles at most two epochs unless it is larger than the data set.
+            self._orders = {key: order for key, order in self._orders.items() if key >= epoch - 1}
+            self._orders[epoch] = epoch_order(self.seed, epoch, len(self.dataset))
+        return self._orders[epoch][offset]
+
+
+def draw_times(times: TimeSection, random: StepRandom, stream: str) -> Tensor:
+    """RF times s (B,) float64 from the distribution that the recipe names."""
+    if times.kind == "uniform_shift":
+        return sample_uniform_shift(random.uniform(stream), times.shift)
+    return sample_lognormal(random.normal(stream, ()), times.mean, times.std)
+
+
+def drop_captions(batch: Batch, negative_LD: Tensor, probability: float, random: StepRandom) -> Tensor:
+    """Text embeddings (B, L, D) with each caption replaced by the empty prompt's with `probability`."""
+    if probability == 0:
+        return batch.embed_BLD
+    dropped_B = random.uniform("caption_dropout") < probability
+    return torch.where(dropped_B[:, None, None], negative_LD.to(batch.embed_BLD), batch.embed_BLD)

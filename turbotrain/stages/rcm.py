@@ -1,0 +1,172 @@
+"""rCM stage: distil the guided teacher into a student of 1 to 4 steps (method: rCM; arXiv 2510.08431).
+
+Phases name what trains: a consistency term (scm or dcm), the score term (dmd), or both. With the score term a student update
+comes every `student_update_freq` iterations and the critic trains on the others. The student's average is what is passed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from turbotrain.checkpoint.io import load_transformer
+from turbotrain.config import PhaseSection
+from turbotrain.data.latents import Batch
+from turbotrain.diffusion.guidance import guided
+from turbotrain.diffusion.times import rf_to_trig
+from turbotrain.diffusion.velocity import Velocity, bind
+from turbotrain.losses import LossOutput, backward_simulation, critic, dcm, dmd, scm
+from turbotrain.losses.consistency import TangentForm, TangentMethod
+from turbotrain.model.wan import WanTransformer
+from turbotrain.stages.artifacts import attention_config, sample_strips, write_model
+from turbotrain.stages.context import BatchSource, StageContext, draw_times
+from turbotrain.training.ema import PowerEMA
+from turbotrain.training.loop import StepLoss, train
+from turbotrain.training.parallel import Role, make_role
+from turbotrain.training.seeding import StepRandom
+
+SIMULATION_STEPS = 4
+
+
+class RcmTask:
+    def __init__(self, context: StageContext) -> None:
+        section = context.config.rcm
+        self.section = section
+        self.sampler = context.config.sampler
+        self.source = BatchSource(context, context.dataset(), section.batch_size)
+        self.teacher = load_transformer(context.inputs["teacher"], device=context.device, dtype=torch.float32)
+        self.teacher.requires_grad_(False)
+        self.network = student_network(context)
+        self.average = PowerEMA(self.network, rate=section.ema_rate)
+        student = make_role(context.accelerator, "student", self.network, section.optim, section.steps)
+        self.roles = {"student": student}
+        if any(phase.dmd for phase in section.phases):
+            fake = load_transformer(context.inputs["teacher"], dtype=torch.float32)
+            self.roles["critic"] = make_role(
+                context.accelerator, "critic", fake, section.critic_optim, section.steps
+            )
+
+    def loss(self, step: int) -> StepLoss:
+        phase, dmd_step = self._phase(step)
+        batch, random = self.source.at(step)
+        student = bind(self.roles["student"].module, batch.embed_BLD)
+        if dmd_step is not None and (dmd_step + 1) % self.section.student_update_freq:
+            out = self._critic_loss(batch, random, student)
+            return StepLoss("critic", out.loss, {"critic": out.loss.detach()})
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        if phase.cm != "none":
+            out = self._consistency_loss(phase, step, batch, random, student)
+            terms[phase.cm] = out.loss
+            metrics.update(out.metrics)
+        if dmd_step is not None:
+            out = self._score_loss(batch, random, student)
+            terms["dmd"] = out.loss
+            metrics.update(out.metrics)
+        metrics.update({name: term.detach() for name, term in terms.items()})
+        return StepLoss("student", torch.stack(list(terms.values())).sum(), metrics)
+
+    def _phase(self, step: int) -> tuple[PhaseSection, int | None]:
+        """The phase of a step, and how many steps its score term has run (None: not in this step)."""
+        begin = 0
+        for phase in self.section.phases:
+            if step < begin + phase.steps:
+                # Warm-up is for the consistency term's tangent; without that term there is nothing to warm up.
+                first = max(begin, self.section.tangent_warmup) if phase.cm == "scm" else begin
+                return phase, step - first if phase.dmd and step >= first else None
+            begin += phase.steps
+        raise IndexError(f"rcm: step {step} lies after the last phase ({begin} steps)")
+
+    def _teacher(self, batch: Batch) -> Velocity:
+        negative_BLD = self.source.dataset.negative_LD.float().expand_as(batch.embed_BLD)
+        return guided(bind(self.teacher, batch.embed_BLD), bind(self.teacher, negative_BLD), self.section.guidance)
+
+    def _consistency_loss(
+        self, phase: PhaseSection, step: int, batch: Batch, random: StepRandom, student: Velocity
+    ) -> LossOutput:
+        section = self.section
+        x0 = batch.latent_BCTHW
+        noise = random.normal("noise", x0.shape[1:])
+        if phase.cm == "dcm":
+            index = (random.uniform("dcm_index") * section.dcm_grid).long()
+            return dcm(
+                student,
+                self._teacher(batch),
+                x0,
+                noise,
+                index,
+                random.uniform("dcm_offset"),
+                steps=section.dcm_grid,
+                shift=section.dcm_shift,
+                loss_scale=section.loss_scale,
+            )
+        warmup = section.tangent_warmup
+        return scm(
+            student,
+            self._teacher(batch),
+            x0,
+            noise,
+            rf_to_trig(draw_times(section.times_cm, random, "times_cm")),
+            min(1.0, step / warmup) if warmup else 1.0,
+            tangent=cast(TangentMethod, section.tangent),
+            form=cast(TangentForm, section.tangent_form),
+            loss_scale=section.loss_scale,
+        )
+
+    def _simulate(self, batch: Batch, random: StepRandom, student: Velocity, updates: int) -> Tensor:
+        shape = batch.latent_BCTHW.shape[1:]
+        again = updates % SIMULATION_STEPS
+        if self.section.simulation_times == "fixed":
+            fixed = batch.latent_BCTHW.new_tensor(self.sampler.times, dtype=torch.float64)
+            draws = [fixed[i].expand(len(batch.prompts)) for i in range(again)]
+        else:
+            draws = [rf_to_trig(draw_times(self.section.times_dmd, random, f"simulation_time_{i}")) for i in range(again)]
+        noises = [random.normal(f"simulation_noise_{i}", shape) for i in range(again)]
+        return backward_simulation(student, random.normal("simulation_start", shape), draws, noises)
+
+    def _score_loss(self, batch: Batch, random: StepRandom, student: Velocity) -> LossOutput:
+        generated = self._simulate(batch, random, student, self.roles["student"].updates)
+        noise = random.normal("score_noise", generated.shape[1:])
+        t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd"))
+        fake = bind(self.roles["critic"].network, batch.embed_BLD)
+        return dmd(generated, self._teacher(batch), fake, noise, t, loss_scale=self.section.dmd_loss_scale)
+
+    def _critic_loss(self, batch: Batch, random: StepRandom, student: Velocity) -> LossOutput:
+        with torch.no_grad():
+            generated = self._simulate(batch, random, student, self.roles["critic"].updates)
+        noise = random.normal("score_noise", generated.shape[1:])
+        t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd"))
+        return critic(bind(self.roles["critic"].module, batch.embed_BLD), generated, noise, t)
+
+    def updated(self, role: Role) -> None:
+        if role.name == "student":
+            self.average.update(role.network, role.updates)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.average.state_dict()
+
+    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.average.load_state_dict(dict(tensors))
+
+
+def student_network(context: StageContext) -> WanTransformer:
+    """sequential: the SLA stage's network. joint: the teacher with SLA whose projection starts at zero. merge: the dense
+    teacher; SLA's weights are added afterwards."""
+    if "sla" in context.inputs:
+        return load_transformer(context.inputs["sla"], dtype=torch.float32)
+    network = load_transformer(context.inputs["teacher"], dtype=torch.float32)
+    if context.config.rcm.composition != "merge":
+        network.set_attention(attention_config(context.config))
+    return network
+
+
+def run(context: StageContext) -> dict[str, object]:
+    task = RcmTask(context)
+    settings = context.loop_settings(context.config.rcm)
+    train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="turbo"))
+    if context.accelerator.is_main_process:
+        write_model(context, task.average.network_state(task.network), task.network)
+    return {"updates": {name: role.updates for name, role in task.roles.items()}}

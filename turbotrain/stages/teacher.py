@@ -1,0 +1,67 @@
+"""Teacher stage: flow matching, from scratch or from a checkpoint (`model.teacher`). What is passed on is the average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from turbotrain.checkpoint.io import load_transformer
+from turbotrain.diffusion.velocity import bind
+from turbotrain.losses.flow_matching import flow_matching
+from turbotrain.model.wan import WanTransformer
+from turbotrain.stages.artifacts import sample_strips, write_model
+from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
+from turbotrain.training.ema import PowerEMA
+from turbotrain.training.loop import StepLoss, train
+from turbotrain.training.parallel import Role, make_role
+from turbotrain.training.seeding import derive_seed
+
+
+class TeacherTask:
+    def __init__(self, context: StageContext) -> None:
+        section = context.config.teacher
+        self.section = section
+        self.source = BatchSource(context, context.dataset(), section.batch_size)
+        self.network = initial_network(context)
+        self.average = PowerEMA(self.network, rate=section.ema_rate)
+        role = make_role(context.accelerator, "teacher", self.network, section.optim, section.steps)
+        self.average.to(context.device)
+        self.roles = {"teacher": role}
+
+    def loss(self, step: int) -> StepLoss:
+        batch, random = self.source.at(step)
+        noise = random.normal("noise", batch.latent_BCTHW.shape[1:])
+        s = draw_times(self.section.times, random, "times")
+        text = drop_captions(batch, self.source.dataset.negative_LD, self.section.caption_dropout, random)
+        out = flow_matching(bind(self.roles["teacher"].module, text), batch.latent_BCTHW, noise, s)
+        return StepLoss("teacher", out.loss, out.metrics)
+
+    def updated(self, role: Role) -> None:
+        self.average.update(role.network, role.updates)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self.average.state_dict()
+
+    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.average.load_state_dict(tensors)
+
+
+def initial_network(context: StageContext) -> WanTransformer:
+    """The network to train: `model.teacher` if the recipe names one, else the variant at random."""
+    import torch
+
+    if "teacher" in context.inputs:
+        return load_transformer(context.inputs["teacher"], dtype=torch.float32)
+    torch.manual_seed(derive_seed(context.seed, "initial weights"))
+    return WanTransformer(context.variant.config)
+
+
+def run(context: StageContext) -> dict[str, object]:
+    task = TeacherTask(context)
+    settings = context.loop_settings(context.config.teacher)
+    with sample_strips(context, task.average, mode="teacher") as sample:
+        train(task, settings, context.folder, context.accelerator, sample)
+    if context.accelerator.is_main_process:
+        write_model(context, task.average.network_state(), task.network, sampler=None)
+    return {"parameters": sum(p.numel() for p in task.network.parameters())}

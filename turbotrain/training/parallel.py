@@ -1,0 +1,85 @@
+"""Processes and devices, through accelerate; the networks themselves are single-device code.
+
+A `Role` is one trained network with its optimiser. Student and critic are two roles: each is wrapped on its own, so that
+alternating updates never touch the other's gradients.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from turbotrain.config import Config, OptimSection
+from turbotrain.training.optim import learning_rate, make_optimizer
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """One Accelerator for the run; under torchrun or `accelerate launch` it joins the process group.
+
+    Raises:
+        RuntimeError: launch.device=cuda where torch sees no GPU.
+    """
+    device = config.launch.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("launch.device='cuda': torch sees no CUDA device here; use launch.device=cpu or auto")
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=False)]
+    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return Accelerator(
+        cpu=on_cpu,
+        log_with=list(config.logging.trackers) or None,
+        project_dir=str(config.run_folder),
+        kwargs_handlers=handlers,
+    )
+
+
+@dataclass
+class Role:
+    """A trained network: `module` as wrapped for this launch, `network` the plain module inside."""
+
+    name: str
+    module: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    rate: Callable[[int], float]
+    grad_clip: float
+    updates: int = 0
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The plain network's trained parameters, under the names that checkpoints use."""
+        return ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
+
+
+def make_role(accelerator: Accelerator, name: str, network: nn.Module, optim: OptimSection, updates: int) -> Role:
+    """Wrap `network` and its optimiser for this launch; `updates`: how many it will get, for a decaying rate."""
+    network.to(accelerator.device)
+    optimizer = make_optimizer(network.parameters(), optim)
+    module, optimizer = accelerator.prepare(network, optimizer)
+    return Role(
+        name, module, accelerator.unwrap_model(module), optimizer, learning_rate(optim, updates), optim.grad_clip
+    )
+
+
+def update(accelerator: Accelerator, role: Role, loss: Tensor) -> tuple[float, bool]:
+    """One optimiser step on `loss`; returns the gradient norm and whether the step was taken.
+
+    A norm that is not finite leaves weights and optimiser state untouched. Gradients are averaged over the processes
+    before the norm is taken, so every rank decides alike.
+    """
+    accelerator.backward(loss)
+    norm = float(accelerator.clip_grad_norm_(role.module.parameters(), role.grad_clip) or 0.0)
+    finite = bool(torch.isfinite(torch.tensor(norm)))
+    if finite:
+        for group in role.optimizer.param_groups:
+            group["lr"] = role.rate(role.updates)
+        role.optimizer.step()
+        role.updates += 1
+    role.optimizer.zero_grad(set_to_none=True)
+    return norm, finite
