@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ class TinyVelocity(nn.Module):
     def __init__(self, dim: int = 2, width: int = 64, layers: int = 3) -> None:
         super().__init__()
         sizes = [dim + 8, *[width] * layers, dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
-        self.register_buffer("frequencies", math.pi * torch.arange(1, 5) / 2)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.frequencies = math.pi * torch.arange(1, 5) / 2
 
     def forward(
         self,
@@ -98,7 +99,7 @@ class TinyVelocity(nn.Module):
         selection: Any = None,
         return_selection: bool = False,
     ) -> VelocityOutput:
-        dtype = self.layers[0].weight.dtype
+        dtype = next(self.parameters()).dtype
         # the network reads the angle t / (pi/2), in which its targets vary evenly
         s_B = timestep_to_rf(timestep_B)
         phase_BF = (rf_to_trig(s_B) / (math.pi / 2))[:, None] * self.frequencies
@@ -114,7 +115,7 @@ class TinyVelocity(nn.Module):
             h = layer(h)
             if dh is not None:
                 with torch.no_grad():
-                    dh = nn.functional.linear(dh, layer.weight)
+                    dh = nn.functional.linear(dh, cast(nn.Linear, layer).weight)
             if i + 1 < len(self.layers):
                 if dh is not None:
                     with torch.no_grad():
