@@ -46,12 +46,13 @@ class PowerEMA:
         self.copied = {name: b.detach().clone() for name, b in copied.items()}
 
     def beta(self, i: int) -> float:
-        """Weight of the past at update i = 0, 1, ...: 0 at first, so that the first update is a copy."""
+        """Weight of the past at update i: 0 at i = 0, 0.004 at i = 1 (rate 0.1), so that the starting weights soon
+        count no more."""
         return (1 - 1 / (i + 1)) ** (self.gamma + 1)
 
     @torch.no_grad()
     def update(self, source: nn.Module | Mapping[str, Tensor], i: int) -> None:
-        """shadow <- beta_i shadow + (1 - beta_i) weights; i is the number of student updates made before this one."""
+        """shadow <- beta_i shadow + (1 - beta_i) weights; i: how many times these weights have been updated."""
         averaged, copied = _split(source)
         if averaged.keys() != self.shadow.keys():
             raise ValueError(f"EMA tracks other parameters: {_difference(averaged.keys(), self.shadow.keys())}")
@@ -71,30 +72,39 @@ class PowerEMA:
         for name, tensor in (averaged | copied).items():
             tensor.copy_(self.shadow[name] if name in self.shadow else self.copied[name])
 
-    def weights(self) -> dict[str, Tensor]:
+    def to(self, device: torch.device | str) -> PowerEMA:
+        """Moves the average, for a network that was moved after this was made."""
+        self.shadow = {name: tensor.to(device) for name, tensor in self.shadow.items()}
+        self.copied = {name: tensor.to(device) for name, tensor in self.copied.items()}
+        return self
+
+    def network_state(self) -> dict[str, Tensor]:
         """Names to tensors as a module's state dict has them: float32 averages and copied buffers."""
         return {**self.shadow, **self.copied}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"gamma": self.gamma, "shadow": self.shadow, "copied": self.copied}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat, tensors only: `shadow.NAME`, `copied.NAME` and the profile's `gamma`."""
+        gamma = torch.tensor(self.gamma, dtype=torch.float64)
+        shadow = {f"shadow.{name}": tensor for name, tensor in self.shadow.items()}
+        return {"gamma": gamma, **shadow, **{f"copied.{name}": tensor for name, tensor in self.copied.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a saved shadow, strictly: same names, same shapes, same profile."""
-        for mine, theirs in ((self.shadow, state["shadow"]), (self.copied, state["copied"])):
-            if mine.keys() != theirs.keys():
-                raise ValueError(f"EMA state has other names: {_difference(theirs.keys(), mine.keys())}")
-            wrong = [k for k in mine if mine[k].shape != theirs[k].shape]
-            if wrong:
-                raise ValueError(f"EMA state has other shapes for {wrong[:5]}; is it of another variant?")
-        if not math.isclose(self.gamma, state["gamma"], rel_tol=1e-9):
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores what `state_dict` gave, strictly: same names, same shapes, same profile. Nothing changes on an
+        error."""
+        mine = self.state_dict()
+        if mine.keys() != state.keys():
+            raise ValueError(f"EMA state has other names: {_difference(state.keys(), mine.keys())}")
+        wrong = [k for k in mine if mine[k].shape != state[k].shape]
+        if wrong:
+            raise ValueError(f"EMA state has other shapes for {wrong[:5]}; is it of another variant?")
+        if not math.isclose(self.gamma, float(state["gamma"]), rel_tol=1e-9):
             raise ValueError(
-                f"EMA state was averaged with gamma {state['gamma']:.4f}, this run uses {self.gamma:.4f}; "
+                f"EMA state was averaged with gamma {float(state['gamma']):.4f}, this run uses {self.gamma:.4f}; "
                 "set the rate it had"
             )
-        for name, tensor in state["shadow"].items():
-            self.shadow[name].copy_(tensor)
-        for name, tensor in state["copied"].items():
-            self.copied[name].copy_(tensor)
+        for name, tensor in mine.items():
+            if name != "gamma":
+                tensor.copy_(state[name])
 
 
 def _split(source: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
