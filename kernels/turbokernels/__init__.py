@@ -6,16 +6,31 @@ specification and runs anywhere, and takes `impl="auto" | "triton" | "reference"
 
 from turbokernels.attention_dense.api import attention_jvp
 from turbokernels.attention_linear.api import linear_attention, linear_attention_jvp
+from turbokernels.attention_sage.api import sage_attention, sage_sparse_attention
 from turbokernels.attention_sparse.api import sparse_attention, sparse_attention_jvp
 from turbokernels.block_selection.api import select_blocks
 from turbokernels.blocks import BlockMask
+from turbokernels.fused_gate_residual.api import gate_residual
+from turbokernels.fused_norm_modulate.api import layer_norm_modulate
+from turbokernels.fused_rms_rope.api import rms_norm_rope
+from turbokernels.quantize.api import quantize_block, quantize_channel, quantize_token
+from turbokernels.w8a8.api import w8a8_linear
 
 __all__ = [
     "BlockMask",
     "attention_jvp",
+    "gate_residual",
+    "layer_norm_modulate",
     "linear_attention",
     "linear_attention_jvp",
+    "quantize_block",
+    "quantize_channel",
+    "quantize_token",
+    "rms_norm_rope",
+    "sage_attention",
+    "sage_sparse_attention",
     "select_blocks",
     "sparse_attention",
     "sparse_attention_jvp",
+    "w8a8_linear",
 ]

@@ -50,7 +50,7 @@ class BlockMask:
             )
         if not 1 <= self.kept.shape[3] <= self.n_k_blocks:
             raise ValueError(
-                f"BlockMask: kept lists {self.kept.shape[3]} key blocks per query block; expected 1 to {self.n_k_blocks}"
+                f"BlockMask: kept lists {self.n_kept} key blocks per query block; expected 1 to {self.n_k_blocks}"
             )
 
     @property
@@ -86,7 +86,8 @@ class BlockMask:
 
         Key block j is kept by the query blocks q_blocks[b, n, offsets[b, n, j] : offsets[b, n, j + 1]], ascending.
         """
-        # Entry e of a flattened list belongs to query block e // M; a stable sort by key block keeps that order ascending.
+        # Entry e of a flattened list belongs to query block e // M; a stable sort by key block keeps that order
+        # ascending.
         order_BNE = self.kept.flatten(2).sort(dim=2, stable=True).indices
         return torch.div(order_BNE, self.n_kept, rounding_mode="floor").int()
 
@@ -96,8 +97,8 @@ class BlockMask:
         got = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
         if expected != got:
             raise ValueError(
-                f"{op}: the mask is for (batch, heads, query tokens, key tokens) = {expected}, the operands have {got}; "
-                "select the blocks from operands of these shapes"
+                f"{op}: the mask is for (batch, heads, query tokens, key tokens) = {expected}, the operands have {got}"
+                "; select the blocks from operands of these shapes"
             )
         if self.kept.device != q.device:
             raise ValueError(f"{op}: the mask is on {self.kept.device} but q is on {q.device}; move them to one device")

@@ -5,7 +5,7 @@ Shape suffixes: B batch, L tokens, N heads, D head dim.
 
 from __future__ import annotations
 
-from torch import Tensor, float16, bfloat16, float32, float64
+from torch import Tensor, bfloat16, float16, float32, float64
 
 FLOAT_DTYPES = (float16, bfloat16, float32, float64)
 
@@ -28,12 +28,12 @@ def check_floating(op: str, **tensors: Tensor) -> None:
             )
         if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
-                f"{op}: the last dimension of {name} has stride {tensor.stride(-1)}, expected 1; pass {name}.contiguous()"
+                f"{op}: {name} has stride {tensor.stride(-1)} in its last dimension, not 1: pass {name}.contiguous()"
             )
 
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor | None = None, **tangents: Tensor | None) -> None:
-    """Check attention operands q (B, Lq, N, D), k and v (B, Lk, N, D); tangents `tq`, `tk`, `tv` are like their primals."""
+    """Check q (B, Lq, N, D), k and v (B, Lk, N, D), and tangents `tq`, `tk`, `tv` that are like their primals."""
     primals = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     for name, tensor in primals.items():
         if tensor.ndim != 4:
@@ -44,7 +44,7 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor | None = None, **ta
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; every dimension must be at least 1")
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(
-            f"{op}: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head dim (dimensions 0, 2, 3)"
+            f"{op}: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, heads and head dim (0, 2 and 3)"
         )
     if v is not None and v.shape != k.shape:
         raise ValueError(f"{op}: v has shape {tuple(v.shape)}; expected k's shape {tuple(k.shape)}")
@@ -56,3 +56,19 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor | None = None, **ta
                 f"{op}: {name} has shape {tuple(tangent.shape)}; expected {name[1:]}'s shape {tuple(primal.shape)}"
             )
     check_floating(op, **primals, **given)
+
+
+def check_modulation(op: str, x: Tensor, **others: Tensor) -> None:
+    """Check x (B, L, C) and tensors that multiply or add to it: (B, 1, C) or (B, L, C), of any floating dtype."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (batch, tokens, channels), each at least 1")
+    check_floating(op, x=x)
+    batch, length, channels = x.shape
+    for name, tensor in others.items():
+        check_floating(op, **{name: tensor})
+        if tuple(tensor.shape) not in ((batch, 1, channels), (batch, length, channels)):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; expected ({batch}, 1, {channels}) or {tuple(x.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}; move them to one device")

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: chosen by device, once, and said in the log.
 
-Every op's `api.py` holds a table from implementation name to function ("reference" always; "triton" where a kernel exists).
-`auto` takes the best entry of that table for the operands' device. It never falls back silently: an implementation that does
-not exist, or that does not support the operands, raises an error that names the remedy.
+Every op's `api.py` holds a table from implementation name to function ("reference" always; "triton" where a kernel
+exists). `auto` takes the best entry of that table for the operands' device. It never falls back silently: an
+implementation that does not exist, or that does not support the operands, raises an error that names the remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_choice(op: str, device_type: str, name: str) -> None:
     """Log a choice of `auto`; the cache makes it one line per op and device type in a process."""
     logger.info("turbokernels: %s on %s runs the %s implementation", op, device_type, name)

@@ -12,13 +12,19 @@ IMPLEMENTATIONS = {"reference": reference.attention_jvp}
 
 
 def attention_jvp(
-    q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor | None, tv: Tensor | None, impl: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Dense softmax attention, scale 1 / sqrt(D), and its tangent along (tq, tk, tv): (o, to), both (B, Lq, N, D).
 
-    q, tq: (B, Lq, N, D); k, v, tk, tv: (B, Lk, N, D); Lq and Lk may differ; one floating dtype, any strides with a contiguous
-    last dimension. tk or tv None means zero (cross-attention to a constant context), and saves its products. o carries the
-    gradient of attention with respect to q, k and v; to carries none, nor do the tangents.
+    q, tq: (B, Lq, N, D); k, v, tk, tv: (B, Lk, N, D); Lq and Lk may differ; one floating dtype, any strides with a
+    contiguous last dimension. A tangent that is None is zero (the keys of a constant context): its products are not
+    computed. o carries the gradient of attention with respect to q, k and v; to carries none, nor do the tangents.
     Errors: ValueError when shapes, dtypes, devices or strides do not fit.
     Source: method.md section 4, "JVP through attention".
     """

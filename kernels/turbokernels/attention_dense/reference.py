@@ -2,8 +2,8 @@
 
 Query rows go through in chunks against all keys, so that memory grows with the length and not with its square.
 
-Shape suffixes: B batch, L tokens, N heads, D head dim; G the heads of all samples (B * N), R all query rows of a head, Q the
-query rows of one chunk, K keys.
+Shape suffixes: B batch, L tokens, N heads, D head dim; G the heads of all samples (B * N), R all query rows of a head,
+Q the query rows of one chunk, K keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _from_heads(x_GRD: Tensor, like_BLND: Tensor) -> Tensor:
 def _chunks(q_GRD: Tensor, k_GKD: Tensor) -> list[slice]:
     """Slices of the query rows whose scores against all keys fit the memory budget."""
     length = q_GRD.shape[1]
-    step = chunk_size(q_GRD.shape[0] * k_GKD.shape[1])
+    step = chunk_size(q_GRD.shape[0] * k_GKD.shape[1], q_GRD.device)
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -43,7 +43,7 @@ class _AttentionJvp(torch.autograd.Function):
         q_BLND: Tensor,
         k_BLND: Tensor,
         v_BLND: Tensor,
-        tq_BLND: Tensor,
+        tq_BLND: Tensor | None,
         tk_BLND: Tensor | None,
         tv_BLND: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,9 @@ class _AttentionJvp(torch.autograd.Function):
         ctx.save_for_backward(q_BLND, k_BLND, v_BLND)
         dtype = compute_dtype(q_BLND.dtype)
         scale = q_BLND.shape[3] ** -0.5
-        q_GRD, tq_GRD = _to_heads(q_BLND, dtype) * scale, _to_heads(tq_BLND, dtype) * scale
+        q_GRD = _to_heads(q_BLND, dtype) * scale
         k_GKD, v_GKD = _to_heads(k_BLND, dtype), _to_heads(v_BLND, dtype)
+        tq_GRD = None if tq_BLND is None else _to_heads(tq_BLND, dtype) * scale
         tk_GKD = None if tk_BLND is None else _to_heads(tk_BLND, dtype)
         tv_GKD = None if tv_BLND is None else _to_heads(tv_BLND, dtype)
         o_GRD, to_GRD = torch.empty_like(q_GRD), torch.empty_like(q_GRD)
@@ -62,7 +63,8 @@ class _AttentionJvp(torch.autograd.Function):
                 p_GQK = probabilities(q_GQD, k_GKD)
                 o_GQD = torch.bmm(p_GQK, v_GKD)
                 o_GRD[:, rows] = o_GQD
-                to_GRD[:, rows] = output_tangent(p_GQK, q_GQD, k_GKD, v_GKD, o_GQD, tq_GRD[:, rows], tk_GKD, tv_GKD)
+                tq_GQD = None if tq_GRD is None else tq_GRD[:, rows]
+                to_GRD[:, rows] = output_tangent(p_GQK, q_GQD, k_GKD, v_GKD, o_GQD, tq_GQD, tk_GKD, tv_GKD)
         to_BLND = _from_heads(to_GRD, q_BLND)
         ctx.mark_non_differentiable(to_BLND)
         return _from_heads(o_GRD, q_BLND), to_BLND
@@ -92,7 +94,12 @@ class _AttentionJvp(torch.autograd.Function):
 
 
 def attention_jvp(
-    q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, tq_BLND: Tensor, tk_BLND: Tensor | None, tv_BLND: Tensor | None
+    q_BLND: Tensor,
+    k_BLND: Tensor,
+    v_BLND: Tensor,
+    tq_BLND: Tensor | None,
+    tk_BLND: Tensor | None,
+    tv_BLND: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(o, to): dense attention, scale 1 / sqrt(D), and its directional derivative; a tangent that is None is zero."""
     return _AttentionJvp.apply(q_BLND, k_BLND, v_BLND, tq_BLND, tk_BLND, tv_BLND)  # pyright: ignore[reportReturnType]

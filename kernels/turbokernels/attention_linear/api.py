@@ -21,9 +21,9 @@ def _check_feature_map(op: str, feature_map: str) -> None:
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = "softmax", impl: str = "auto") -> Tensor:
     """phi(q) (phi(k)^T v) / (phi(q) . sum_j phi(k_j) + 1e-5) over all keys; differentiable.
 
-    q: (B, Lq, N, D), k, v: (B, Lk, N, D), one floating dtype, any strides with a contiguous last dimension. feature_map:
-    "softmax" (over the head dim), "elu" (elu + 1) or "relu". Returns o (B, Lq, N, D) in their dtype; arithmetic is float32
-    (float64 for float64).
+    q: (B, Lq, N, D), k, v: (B, Lk, N, D), one floating dtype, any strides with a contiguous last dimension.
+    feature_map: "softmax" (over the head dim), "elu" (elu + 1) or "relu". Returns o (B, Lq, N, D) in their dtype;
+    arithmetic is float32 (float64 for float64).
     Errors: ValueError when shapes, dtypes, devices, strides or the feature map do not fit.
     Source: SLA, arXiv 2509.24006; method.md section 3, step 5.
     """

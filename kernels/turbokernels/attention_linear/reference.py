@@ -1,4 +1,5 @@
-"""Specification of linear attention and its tangent in plain PyTorch (SLA, arXiv 2509.24006; method.md section 3, step 5).
+"""Specification of linear attention and its tangent in plain PyTorch (SLA, arXiv 2509.24006; method.md section 3, step
+5).
 
 Differentiable by autograd: two products of D x D per head are as fast as a kernel could be.
 
@@ -51,7 +52,8 @@ def linear_attention(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, feature_map
         phi_k_BNKD = features(_heads_first(k_BLND), feature_map)
         kv_BNDE = phi_k_BNKD.mT @ _heads_first(v_BLND)
         z_BND1 = phi_k_BNKD.sum(2).unsqueeze(-1)
-        o_BNQE = (phi_q_BNQD @ kv_BNDE) / (phi_q_BNQD @ z_BND1 + EPS)
+        # Times the reciprocal: the backward of a division by a broadcast tensor costs four passes over it, this two.
+        o_BNQE = (phi_q_BNQD @ kv_BNDE) * (phi_q_BNQD @ z_BND1 + EPS).reciprocal()
     return _tokens_first(o_BNQE, q_BLND.dtype)
 
 
@@ -71,8 +73,8 @@ def linear_attention_jvp(
         phi_k_BNKD = features(_heads_first(k_BLND), feature_map)
         kv_BNDE = phi_k_BNKD.mT @ v_BNKE
         z_BND1 = phi_k_BNKD.sum(2).unsqueeze(-1)
-        denominator_BNQ1 = phi_q_BNQD @ z_BND1 + EPS
-        o_BNQE = (phi_q_BNQD @ kv_BNDE) / denominator_BNQ1
+        inverse_BNQ1 = (phi_q_BNQD @ z_BND1 + EPS).reciprocal()
+        o_BNQE = (phi_q_BNQD @ kv_BNDE) * inverse_BNQ1
 
         with torch.no_grad():  # reads the primal's values; adds nothing to its graph
             t_phi_q_BNQD = features_tangent(phi_q_BNQD, _heads_first(tq_BLND), feature_map)
@@ -81,5 +83,5 @@ def linear_attention_jvp(
             t_z_BND1 = t_phi_k_BNKD.sum(2).unsqueeze(-1)
             t_numerator_BNQE = t_phi_q_BNQD @ kv_BNDE + phi_q_BNQD @ t_kv_BNDE
             t_denominator_BNQ1 = t_phi_q_BNQD @ z_BND1 + phi_q_BNQD @ t_z_BND1
-            to_BNQE = (t_numerator_BNQE - o_BNQE * t_denominator_BNQ1) / denominator_BNQ1
+            to_BNQE = (t_numerator_BNQE - o_BNQE * t_denominator_BNQ1) * inverse_BNQ1
     return _tokens_first(o_BNQE, q_BLND.dtype), _tokens_first(to_BNQE, q_BLND.dtype)

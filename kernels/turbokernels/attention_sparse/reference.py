@@ -1,12 +1,12 @@
 """Specification of block-sparse attention and its tangent in plain PyTorch (method.md section 3 step 4 and section 4).
 
-Each query block is one small attention problem against the tokens of its kept key blocks, which are gathered. That costs
-topk of a dense product (5 times faster than a boolean mask at topk 0.2 on a CPU), and groups of query blocks go through in
-chunks, so that memory is bounded at any length.
+Each query block is one small attention problem against the tokens of its kept key blocks, which are gathered. That
+costs topk of a dense product (5 times faster than a boolean mask at topk 0.2 on a CPU), and groups of query blocks go
+through in chunks, so that memory is bounded at any length.
 
-Shape suffixes: B batch, L tokens, N heads, D head dim; X query blocks of all heads and samples (B * N * I), Y key blocks of
-all heads and samples (B * N * J), M kept key blocks per query block; Q tokens of a query block, T tokens of a key block,
-K gathered key tokens (M * T); G the query blocks of one chunk.
+Shape suffixes: B batch, L tokens, N heads, D head dim; X query blocks of all heads and samples (B * N * I), Y key
+blocks of all heads and samples (B * N * J), M kept key blocks per query block; Q tokens of a query block, T tokens of a
+key block, K gathered key tokens (M * T); G the query blocks of one chunk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from turbokernels.softmax_core import chunk_size, compute_dtype, gradients, outp
 
 
 def to_blocks(x_BLND: Tensor, block: int) -> Tensor:
-    """Cut (B, L, N, D) into blocks (B * N * blocks, block, D), sample-major then head; a ragged block is padded with 0."""
+    """Cut (B, L, N, D) into blocks (B * N * blocks, block, D), by sample, then head; a ragged one is padded with 0."""
     padding = -x_BLND.shape[1] % block
     if padding:
         x_BLND = F.pad(x_BLND, (0, 0, 0, 0, 0, padding))
@@ -48,7 +48,7 @@ class KeptBlocks:
         self.rows_XM = kept_XM.long() + (head_X * mask.n_k_blocks).unsqueeze(1)
         # The largest temporary of a query block: its scores, or its gathered keys.
         n_keys = mask.n_kept * mask.block_k
-        self.step = chunk_size(n_keys * max(mask.block_q, head_dim))
+        self.step = chunk_size(n_keys * max(mask.block_q, head_dim), kept_XM.device)
 
     def chunks(self) -> list[slice]:
         """Slices of X, each of which fits the memory budget."""
@@ -99,7 +99,11 @@ class _SparseAttention(torch.autograd.Function):
         o_XQD = torch.empty_like(q_XQD)
         tangents = None
         if tq_BLND is not None and tk_BLND is not None and tv_BLND is not None:
-            tangents = (to_blocks(tq_BLND, mask.block_q), to_blocks(tk_BLND, mask.block_k), to_blocks(tv_BLND, mask.block_k))
+            tangents = (
+                to_blocks(tq_BLND, mask.block_q),
+                to_blocks(tk_BLND, mask.block_k),
+                to_blocks(tv_BLND, mask.block_k),
+            )
         to_XQD = torch.empty_like(q_XQD) if tangents else None
 
         with torch.autocast(q_BLND.device.type, enabled=False):

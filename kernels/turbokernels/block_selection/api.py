@@ -13,9 +13,11 @@ IMPLEMENTATIONS = {"reference": reference.select_blocks}
 
 
 def select_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, impl: str = "auto") -> BlockMask:
-    """Choose the key blocks that each query block attends to: the best max(1, floor(topk * key blocks)) by pooled score.
+    """Choose the key blocks that each query block attends to: the best max(1, floor(topk * key blocks)) by pooled
+    score.
 
-    q: (B, Lq, N, D), k: (B, Lk, N, D), after norm and RoPE; any strides with a contiguous last dimension; topk in (0, 1];
+    q: (B, Lq, N, D), k: (B, Lk, N, D), after norm and RoPE; any strides with a contiguous last dimension; topk in (0,
+    1];
     block_q, block_k: 16, 32, 64 or 128 tokens. The choice has no gradient. Ties go to the lower block index.
     Errors: ValueError for topk, block sizes or operands out of range.
     Source: SLA, arXiv 2509.24006; method.md section 3, steps 1-3.

@@ -14,7 +14,7 @@ from turbokernels.blocks import BlockMask
 
 
 def block_means(x_BLND: Tensor, block: int) -> Tensor:
-    """Mean of every block of `block` tokens, a ragged last block over its real tokens; (B, N, blocks, D), float32 or wider."""
+    """Mean of every block of tokens, a ragged last one over its real tokens; (B, N, blocks, D), float32 or wider."""
     length = x_BLND.shape[1]
     n_full = length // block
     x_BLND = x_BLND.to(torch.promote_types(x_BLND.dtype, torch.float32))
@@ -28,7 +28,8 @@ def block_means(x_BLND: Tensor, block: int) -> Tensor:
 def select_blocks(q_BLND: Tensor, k_BLND: Tensor, topk: float, block_q: int, block_k: int) -> BlockMask:
     """Keep, for each query block, the m = max(1, floor(topk * J)) key blocks whose pooled keys score best.
 
-    Ties go to the lower index, so that every device keeps the same blocks. A non-finite pooled key scores NaN, which sorts
+    Ties go to the lower index, so that every device keeps the same blocks. A non-finite pooled key scores NaN, which
+    sorts
     first: the block is kept by every query block and the NaN shows in the output instead of vanishing.
     """
     length_k = k_BLND.shape[1]
@@ -36,8 +37,9 @@ def select_blocks(q_BLND: Tensor, k_BLND: Tensor, topk: float, block_q: int, blo
     pooled_k_BNJD = block_means(k_BLND, block_k)
     n_k_blocks = pooled_k_BNJD.shape[2]
 
-    # Smooth-k: the mean over all tokens, which is the mean of the block means weighted by the blocks' real tokens. It moves
-    # all scores of a row alike, so it changes no choice; it keeps a large common offset from eating the scores' precision.
+    # Smooth-k: the mean over all tokens, which is the mean of the block means weighted by the blocks' real tokens. It
+    # moves all scores of a row alike, so it changes no choice; it keeps a large common offset from eating the scores'
+    # precision.
     sizes_J1 = pooled_k_BNJD.new_full((n_k_blocks, 1), block_k)
     sizes_J1[-1] = length_k - (n_k_blocks - 1) * block_k
     finite_BNJD = torch.where(pooled_k_BNJD.isfinite(), pooled_k_BNJD, 0.0)

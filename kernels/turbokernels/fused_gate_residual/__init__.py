@@ -1,0 +1,1 @@
+"""Residual plus gated branch, in one pass."""

@@ -1,0 +1,1 @@
+"""LayerNorm without affine parameters, then adaptive scale and shift, in one pass."""
