@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from turbotrain.checkpoint.load import load_transformer
+    from turbotrain.checkpoint.io import load_transformer
     from turbotrain.pipeline import TurboPipeline
 
 __version__ = "0.1.0"
 __all__ = ["TurboPipeline", "__version__", "load_transformer"]
 
-_HOME = {"TurboPipeline": "turbotrain.pipeline", "load_transformer": "turbotrain.checkpoint.load"}
+_HOME = {"TurboPipeline": "turbotrain.pipeline", "load_transformer": "turbotrain.checkpoint.io"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,309 @@
+"""Checkpoint files in and out, and networks built from them.
+
+The only place that reads pickles, by `torch.load(weights_only=True)`. Everything is written beside its destination, flushed
+to disk and renamed: a killed process or a full disk leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turbotrain.checkpoint import header, layouts
+from turbotrain.checkpoint.header import CheckpointProblem
+from turbotrain.checkpoint.meta import METADATA_KEY, CheckpointMeta
+from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.quant_linear import dequantize_model, from_disk_names, prepare_quantized, to_disk_names
+from turbotrain.model.variants import WanConfig, variants_with
+from turbotrain.model.wan import FLOAT32_ISLANDS, WanTransformer
+
+logger = logging.getLogger(__name__)
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 10 * 2**30
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under the names in its files, on the CPU.
+
+    Raises CheckpointProblem: nothing there, truncated, shards missing, or a pickle that holds more than tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in header.find_weights(path):
+        tensors.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file))
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    header.read_safetensors_header(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointProblem(f"{path}: {error}; {header.AGAIN}") from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    header.refuse_unsafe_pickle(path)
+    state = _load_pickle(path, str(path))
+    while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
+        nested = next((state[key] for key in ("state_dict", "model", "module") if key in state), None)
+        if nested is None:
+            raise CheckpointProblem(f"{path}: holds no tensors under its top level, state_dict, model or module")
+        state = nested
+    if not isinstance(state, Mapping):
+        raise CheckpointProblem(f"{path}: holds a {type(state).__name__}, expected a state dict; convert it to safetensors")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _load_pickle(source: Path | io.BytesIO, name: str) -> Any:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointProblem(
+            f"{name}: refused, this pickle holds more than tensors ({str(error).splitlines()[0]}); convert it to safetensors "
+            "where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointProblem(f"{name}: truncated or not a torch file; {header.AGAIN}") from error
+
+
+def load_tensor(data: bytes, name: str) -> Tensor:
+    """The one tensor in the bytes of a `.pt` file; `name` says where they come from. Raises CheckpointProblem."""
+    tensor = _load_pickle(io.BytesIO(data), name)
+    if not isinstance(tensor, Tensor):
+        raise CheckpointProblem(f"{name}: holds a {type(tensor).__name__}, expected a tensor; build the shard again")
+    return tensor
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], CheckpointMeta]:
+    """(state dict under native names, what the checkpoint says about itself), for any layout of formats.md.
+
+    Without our metadata the description is inferred from names, shapes and a config.json. 8-bit layers keep the names of the
+    file: `X.int8_weight` or `X.fp8_weight`, `X.scale`, `X.bias`, `X.smooth`. Raises CheckpointProblem.
+    """
+    state = layouts.from_layout(read_tensors(path), str(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return state, _describe(path, shapes, _dtype_of(state))
+
+
+def read_meta(path: str | Path) -> CheckpointMeta:
+    """What a checkpoint says about itself, from its headers alone (a pickle is read whole). Raises CheckpointProblem."""
+    if any(file.suffix != ".safetensors" for file in header.find_weights(path)):
+        return read_checkpoint(path)[1]
+    shapes = header.inspect_checkpoint(path).shapes
+    names = layouts.native_names(shapes, str(path))
+    return _describe(path, {native: shapes[name] for name, native in names.items()}, None)
+
+
+def _describe(path: str | Path, shapes: dict[str, tuple[int, ...]], dtype: str | None) -> CheckpointMeta:
+    glimpse = header.inspect_checkpoint(path)
+    if glimpse.metadata is not None:
+        return CheckpointMeta.from_dict(glimpse.metadata, str(path))
+    config = layouts.infer_config(shapes, layouts.config_hints(glimpse.config), str(path))
+    scheme = layouts.quantization_scheme(shapes)
+    return CheckpointMeta(
+        variant=_name_variant(path, config),
+        config=config.to_dict(),
+        attention=layouts.infer_attention(shapes).to_dict(),
+        quantization=None if scheme is None else {"scheme": scheme},
+        dtype=dtype or "bfloat16",
+    )
+
+
+def _name_variant(path: str | Path, config: WanConfig) -> str:
+    """Wan 2.1 14B and a Wan 2.2 expert have equal tensors: the names of file and folder decide."""
+    names = variants_with(config)
+    place = " ".join(Path(path).expanduser().absolute().parts[-3:]).lower()
+    newer = any(sign in place for sign in ("2.2", "a14b", "high", "low", "noise"))
+    return (names[-1] if newer else names[0]) if names else ""
+
+
+def _dtype_of(state: Mapping[str, Tensor]) -> str:
+    return str(state["patch_embedding.weight"].dtype).removeprefix("torch.") if "patch_embedding.weight" in state else ""
+
+
+# ---- networks -----------------------------------------------------------------------------------------------------------
+
+
+def load_transformer(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    attention: AttentionConfig | Mapping[str, Any] | None = None,
+) -> WanTransformer:
+    """The network of a checkpoint in any layout of formats.md (architecture.md, contract 7).
+
+    dtype: of the weights outside the float32 islands; None keeps the file's, and keeps 8-bit layers 8-bit, while a given
+    dtype dequantizes them. attention: fields that override the checkpoint's attention; a P that it lacks starts at zero.
+    Raises CheckpointProblem that lists missing and unexpected tensors; ValueError for a dtype or attention that cannot be.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: choose a floating dtype, or None to keep the file's")
+    state, meta = read_checkpoint(path)
+    config = WanConfig.from_dict(meta.config)
+    own = AttentionConfig.from_dict(meta.attention)
+    wanted = own if attention is None else attention
+    wanted = wanted if isinstance(wanted, AttentionConfig) else AttentionConfig.from_dict(dict(wanted), own)
+
+    with torch.device("meta"):
+        model = WanTransformer(config, own)
+    try:
+        state = from_disk_names(state)
+        prepare_quantized(model, state)
+    except ValueError as error:
+        raise CheckpointProblem(f"{path}: {error}") from error
+    _check_state(path, state, model)
+    loaded = {name: _own_memory(_cast(name, tensor, dtype)) for name, tensor in state.items()}
+    model.load_state_dict(loaded, strict=True, assign=True)
+    if dtype is not None:
+        dequantize_model(model, dtype)
+    return model.set_attention(wanted).to(device)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    parameter = name.rpartition(".")[2]
+    if not tensor.is_floating_point() or parameter in ("weight_q", "scale", "smooth", "smooth_attn", "smooth_ffn"):
+        return tensor
+    if FLOAT32_ISLANDS.search(name) is not None:
+        return tensor.to(torch.float64 if torch.float64 in (dtype, tensor.dtype) else torch.float32)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """A copy when the tensor is a view into a file: results must not depend on how a file happens to align its tensors."""
+    aligned = tensor.data_ptr() % 64 == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if aligned and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _check_state(path: str | Path, state: Mapping[str, Tensor], model: WanTransformer) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {shape}"
+        for name, shape in expected.items()
+        if name in state and tuple(state[name].shape) != shape
+    ]
+    lines = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong)]
+    found = "; ".join(f"{len(names)} {what}: {_shorten(names)}" for what, names in lines if names)
+    if found:
+        raise CheckpointProblem(f"{path}: does not fit {layouts.describe(model.config)}: {found}")
+
+
+def _shorten(names: list[str], limit: int = 12) -> str:
+    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: str | Path,
+    state_dict: Mapping[str, Tensor],
+    meta: CheckpointMeta,
+    components_from: Mapping[str, str | Path] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a Turbo checkpoint folder, all of it or nothing: `model.safetensors` (or shards and an index) with `meta`.
+
+    state_dict: a WanTransformer's, wrappers and all. components_from: {component: folder to copy in}, recorded in the
+    metadata by relative path. An older checkpoint in `folder` is replaced.
+    Raises OSError with the reason when the disk is full or read-only.
+    """
+    folder = Path(folder).expanduser().absolute()
+    components = dict(components_from or {})
+    meta = dataclasses.replace(meta, components={**meta.components, **{name: name for name in components}})
+    named = to_disk_names({layouts.strip_wrappers(name): tensor for name, tensor in state_dict.items()})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)
+        _write_weights(temporary, tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}, max_shard_bytes)
+        for name, source in components.items():
+            shutil.copytree(Path(source).expanduser(), temporary / name)
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        _swap(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder}: the checkpoint could not be written ({error}); nothing was changed") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], max_shard_bytes: int) -> None:
+    shards = list(_shards(tensors, max_shard_bytes))
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS_FILE, metadata=metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata=metadata)
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
+
+
+def _shards(tensors: dict[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += nbytes
+    yield shard
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder`. An old folder that holds more than a checkpoint is kept beside it."""
+    if not folder.exists():
+        os.rename(new, folder)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / folder.name
+        os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
+        ours = {file.name for file in folder.iterdir()}
+        strangers = [file.name for file in old.iterdir() if file.name not in ours and not file.name.startswith("model")]
+        if strangers:
+            logger.warning("%s: replaced; its other files (%s) are now in %s", folder, ", ".join(strangers), old)
+        else:
+            shutil.rmtree(old.parent)
+    _sync(folder.parent)

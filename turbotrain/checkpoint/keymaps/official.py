@@ -1,0 +1,38 @@
+"""Module names of the official Wan checkpoints (formats.md 2), which are turbotrain's own; `{n}` is the block number."""
+
+from __future__ import annotations
+
+MODULES: tuple[str, ...] = (
+    "patch_embedding",
+    "text_embedding.0",
+    "text_embedding.2",
+    "time_embedding.0",
+    "time_embedding.2",
+    "time_projection.1",
+    "img_emb.proj.0",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+    "img_emb.proj.4",
+    "head.head",
+    "head.modulation",
+    "blocks.{n}.modulation",
+    "blocks.{n}.norm3",
+    "blocks.{n}.self_attn.q",
+    "blocks.{n}.self_attn.k",
+    "blocks.{n}.self_attn.v",
+    "blocks.{n}.self_attn.o",
+    "blocks.{n}.self_attn.norm_q",
+    "blocks.{n}.self_attn.norm_k",
+    "blocks.{n}.self_attn.attn_op.local_attn.proj_l",
+    "blocks.{n}.cross_attn.q",
+    "blocks.{n}.cross_attn.k",
+    "blocks.{n}.cross_attn.v",
+    "blocks.{n}.cross_attn.o",
+    "blocks.{n}.cross_attn.norm_q",
+    "blocks.{n}.cross_attn.norm_k",
+    "blocks.{n}.cross_attn.k_img",
+    "blocks.{n}.cross_attn.v_img",
+    "blocks.{n}.cross_attn.norm_k_img",
+    "blocks.{n}.ffn.0",
+    "blocks.{n}.ffn.2",
+)
