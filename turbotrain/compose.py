@@ -34,7 +34,9 @@ def package_folder(package: str, source_name: str) -> Path:
         return beside
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise UsageError(f"{source_name}/ is neither beside the package nor installed as {package}: reinstall turbotrain")
+        raise UsageError(
+            f"{source_name}/ is neither beside the package nor installed as {package}: reinstall turbotrain"
+        )
     return Path(spec.origin).parent
 
 
@@ -67,6 +69,8 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> T:
     known = sorted(_flat_keys(schema))
     _check_shape(overrides, known)
     store = ConfigStore.instance()
+    # A configuration that lists `<name>_schema` first takes overrides of keys that no YAML mentions.
+    store.store(name=f"{config_name}_schema", node=schema)
     for path in sorted(recipes_folder().glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=_recipe_node(path), package="_global_")
     GlobalHydra.instance().clear()
@@ -113,7 +117,9 @@ def _check_shape(overrides: Sequence[str], known: Sequence[str]) -> None:
             raise UsageError(f"argument {override!r} is not of the form key=value")
         key, _, value = override.lstrip("+~").partition("=")
         if key == "recipe" and value not in recipe_names():
-            reject("recipe", value, f"unknown; choose one of {', '.join(recipe_names())}{_nearest(value, recipe_names())}")
+            reject(
+                "recipe", value, f"unknown; choose one of {', '.join(recipe_names())}{_nearest(value, recipe_names())}"
+            )
         root = key.partition("@")[0]
         if "/" in root or root in groups:
             continue
@@ -129,6 +135,10 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _one_line(error: Exception, overrides: Sequence[str], known: Sequence[str]) -> str:
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__  # Hydra's own text hides the field and the reason
     text = " ".join(str(error).split())
     key = getattr(error, "full_key", None) or ""
     if match := re.search(r"Could not find '([\w./@-]+)'", text):

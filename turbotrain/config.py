@@ -7,6 +7,7 @@ YAML groups under `configs/` and the recipes override them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -292,7 +293,11 @@ def _check_stages(config: Config) -> None:
 def _check_attention(attention: AttentionSection) -> None:
     _choice("attention.kind", attention.kind, ("dense", "sla"))
     if not 0 < attention.topk <= 1:
-        reject("attention.topk", attention.topk, "the kept fraction of key blocks, in (0, 1]; published: 0.1, quality: 0.15")
+        reject(
+            "attention.topk",
+            attention.topk,
+            "the kept fraction of key blocks, in (0, 1]; published: 0.1, quality: 0.15",
+        )
     for name in ("block_q", "block_k"):
         _choice(f"attention.{name}", getattr(attention, name), (16, 32, 64, 128))
     _choice("attention.order", attention.order, ("raster", "cube"))
@@ -312,7 +317,11 @@ def _check_data(config: Config) -> None:
         value = getattr(data, name)
         if value < stride or value % stride:
             below = max(1, value // stride) * stride
-            reject(f"data.{name}", value, f"must divide by {stride} (VAE stride x patch), for example {below} or {below + stride}")
+            reject(
+                f"data.{name}",
+                value,
+                f"must divide by {stride} (VAE stride x patch), for example {below} or {below + stride}",
+            )
     for name in ("count", "samples_per_shard", "batch_size", "fps"):
         _at_least(f"data.{name}", getattr(data, name), 1)
 
@@ -368,7 +377,11 @@ def _check_rcm(rcm: RcmSection) -> None:
     for name in ("tangent_warmup", "sample_every", "guidance"):
         _at_least(f"rcm.{name}", getattr(rcm, name), 0)
     if any(phase.dmd for phase in rcm.phases) and rcm.student_update_freq < 2:
-        reject("rcm.student_update_freq", rcm.student_update_freq, "at least 2 with dmd: the critic trains on the other iterations")
+        reject(
+            "rcm.student_update_freq",
+            rcm.student_update_freq,
+            "at least 2 with dmd: the critic trains on the other iterations",
+        )
     for name in ("loss_scale", "dmd_loss_scale"):
         if not getattr(rcm, name) > 0:
             reject(f"rcm.{name}", getattr(rcm, name), "a positive factor")
@@ -384,8 +397,12 @@ def _check_sampler(sampler: SamplerSection) -> None:
     if not sampler.sigma_max > 0 or not math.isfinite(sampler.sigma_max):
         reject("sampler.sigma_max", sampler.sigma_max, "a positive noise level; published: 80 (480p), 120, 200, 1600")
     times = [math.atan(sampler.sigma_max), *sampler.times]
-    if any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)) or not times[-1] > 0:
-        reject("sampler.times", sampler.times, f"decreasing TrigFlow times below atan(sigma_max) = {times[0]:.4f} and above 0")
+    if any(later >= earlier for earlier, later in itertools.pairwise(times)) or not times[-1] > 0:
+        reject(
+            "sampler.times",
+            sampler.times,
+            f"decreasing TrigFlow times below atan(sigma_max) = {times[0]:.4f} and above 0",
+        )
     teacher = sampler.teacher
     _between("sampler.teacher.steps", teacher.steps, 1, 1000)
     _choice("sampler.teacher.solver", teacher.solver, ("unipc", "euler"))

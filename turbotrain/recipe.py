@@ -7,30 +7,18 @@ of every input. A finished stage with another fingerprint is stale; its folder i
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib
-import json
 import os
-import platform
-import resource
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from turbotrain.compose import UsageError
 from turbotrain.config import STAGES, Config, resolve
-
-# Settings that change how a stage runs but not what it produces: changing them makes nothing stale.
-NOT_IN_FINGERPRINT = {"save_every", "sample_every", "max_bad_steps", "latency_repeats"}
-HASHED_WHOLE = 256 * 2**20
-STAGE_FILE = "stage.json"
+from turbotrain.records import Plan, begin, finish, make_fingerprint, plan_stage, set_aside, status
 
 
 @dataclass(frozen=True)
@@ -51,20 +39,11 @@ SPECS: dict[str, StageSpec] = {
     "sla": StageSpec(("sla", "attention"), ("teacher", "data"), optional=("codec",), every_rank=True),
     "rcm": StageSpec(("rcm", "attention", "sampler"), ("teacher", "data"), optional=("sla", "codec"), every_rank=True),
     "merge": StageSpec(("merge",), ("teacher", "sla", "rcm"), optional=("codec",)),
-    "quantize": StageSpec(("quantize", "sampler"), ("student", "codec"), optional=()),
+    "quantize": StageSpec(("quantize", "sampler"), ("student", "data"), optional=("codec",)),
     "evaluate": StageSpec(
         ("evaluate", "sampler", "data"), ("teacher", "codec"), optional=("sla", "rcm", "merge", "quantize")
     ),
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will be done with one stage. action: run | skip | resume | stale; reason: what changed, for stale."""
-
-    stage: str
-    action: str
-    reason: str = ""
 
 
 def run_recipe(config: Config) -> None:
@@ -89,6 +68,7 @@ def run_recipe(config: Config) -> None:
             _write_config(config, root)
             if config.logging.trackers:
                 accelerator.init_trackers(config.logging.project, config=asdict(config))
+            _warn_of_stale_inputs(config, selected)
         for stage in selected:
             _run_stage(config, stage, accelerator)
     if config.logging.trackers:
@@ -118,7 +98,7 @@ def find_inputs(config: Config, stage: str, selected: list[str]) -> dict[str, Pa
 def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | None:
     def own(name: str) -> Path | None:
         before = STAGES.index(name) < STAGES.index(stage)
-        available = name in selected or _status(config.run_folder / name) == "done"
+        available = name in selected or status(config.run_folder / name) == "done"
         return config.run_folder / name / "checkpoint" if before and available else None
 
     if role == "codec":
@@ -163,7 +143,9 @@ def check_inputs(config: Config, selected: list[str]) -> None:
             if role == "data" and not any(path.glob("*.tar")):
                 raise UsageError(f"data.path={str(path)!r}: no *.tar shards in it")
             if role == "codec" and not (path / "vae").is_dir():
-                raise UsageError(f"{_field(role)}={str(path)!r}: no folder vae/ in it; a codec folder holds vae/, text_encoder/, tokenizer/")
+                raise UsageError(
+                    f"{_field(role)}={str(path)!r}: no folder vae/ in it; a codec folder holds vae/, text_encoder/, tokenizer/"
+                )
 
 
 def _field(role: str) -> str:
@@ -179,22 +161,24 @@ def _run_stage(config: Config, stage: str, accelerator: Any) -> None:
     from turbotrain.stages.context import StageContext
 
     folder = config.run_folder / stage
-    inputs = find_inputs(config, stage, [])
-    plan: list[Plan | None] = [None]
-    if accelerator.is_main_process:
-        fingerprint = make_fingerprint(config, stage, inputs)
-        plan[0] = plan_stage(stage, folder, fingerprint)
-        _announce(plan[0])
-        if plan[0].action == "stale":
-            _set_aside(folder)
-        if plan[0].action != "skip":
-            _begin(folder, fingerprint)
-    broadcast_object_list(plan)
-    assert plan[0] is not None
-    if plan[0].action == "skip":
-        return
-    began = time.perf_counter()
     spec = SPECS[stage]
+    # The first process decides for all: the others could read a record while it is being written.
+    decided: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        inputs = find_inputs(config, stage, [])
+        fingerprint = make_fingerprint(config, spec.sections, inputs)
+        plan = plan_stage(stage, folder, fingerprint)
+        _announce(plan)
+        if plan.action == "stale":
+            set_aside(folder)
+        if plan.action != "skip":
+            begin(folder, fingerprint)
+        decided = [plan, inputs]
+    broadcast_object_list(decided)
+    plan, inputs = decided
+    if plan.action == "skip":
+        return
+    started = time.perf_counter()
     module = importlib.import_module(f"turbotrain.stages.{stage}")
     context = StageContext(stage, config, folder, inputs, accelerator)
     results: dict[str, object] = {}
@@ -202,115 +186,20 @@ def _run_stage(config: Config, stage: str, accelerator: Any) -> None:
         results = module.run(context)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(folder, results, time.perf_counter() - began)
+        finish(folder, results, time.perf_counter() - started)
 
 
-def plan_stage(stage: str, folder: Path, fingerprint: dict[str, Any]) -> Plan:
-    """Compare a stage's folder with what it should hold."""
-    record = _record(folder)
-    if record is None:
-        return Plan(stage, "run")
-    changed = _changes(record.get("fingerprint", {}), fingerprint)
-    if changed:
-        return Plan(stage, "stale", "; ".join(changed))
-    return Plan(stage, "skip" if record["status"] == "done" else "resume")
-
-
-def make_fingerprint(config: Config, stage: str, inputs: dict[str, Path]) -> dict[str, Any]:
-    """Flat {setting: value} and {input/role: hash}: everything that shapes the stage's result."""
-    settings: dict[str, Any] = {"seed": config.seed, "model.variant": config.model.variant}
-    for section in SPECS[stage].sections:
-        settings.update(_flatten(section, getattr(config, section)))
-    for role, path in inputs.items():
-        settings[f"input/{role}"] = hash_path(path)
-    return settings
-
-
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if is_dataclass(value) and not isinstance(value, type):
-        for name, inner in vars(value).items():
-            if name not in NOT_IN_FINGERPRINT:
-                yield from _flatten(f"{prefix}.{name}", inner)
-    elif isinstance(value, list) and any(is_dataclass(item) for item in value):
-        yield prefix, [asdict(item) for item in value]
-    else:
-        yield prefix, value
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changed = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old != new:
-            changed.append(f"{key.removeprefix('input/')} changed" if key.startswith("input/") else f"{key}: {old} -> {new}")
-    return changed
-
-
-def hash_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files by name; of a very large file: its length and three blocks."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode())
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with file.open("rb") as stream:
-            if size <= HASHED_WHOLE:
-                while block := stream.read(1 << 22):
-                    digest.update(block)
-            else:
-                for position in (0, size // 2, size - (1 << 24)):
-                    stream.seek(position)
-                    digest.update(stream.read(1 << 24))
-    return digest.hexdigest()
-
-
-# ---- records -------------------------------------------------------------------------------------------------------
-
-
-def _begin(folder: Path, fingerprint: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    record = _record(folder) or {"started": _now(), "seconds": 0.0}
-    write_json(folder / STAGE_FILE, {**record, "status": "running", "fingerprint": fingerprint, "attempted": _now()})
-
-
-def _finish(folder: Path, results: dict[str, object], seconds: float) -> None:
-    record = _record(folder) or {}
-    record.update(
-        status="done",
-        finished=_now(),
-        seconds=round(seconds, 3),
-        peak_memory_bytes=_peak_memory(),
-        results=results,
-        environment=environment(),
-    )
-    write_json(folder / STAGE_FILE, record)
-    shutil.rmtree(folder / "state", ignore_errors=True)
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    path = folder / STAGE_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _status(folder: Path) -> str:
-    record = _record(folder)
-    return record["status"] if record else "absent"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def _set_aside(folder: Path) -> None:
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.stale-{number}")).exists():
-        number += 1
-    folder.rename(target)
-    print(f"{folder.name}: the earlier result is kept in {target}", flush=True)
+def _warn_of_stale_inputs(config: Config, selected: list[str]) -> None:
+    """A finished stage that was not selected is used as it is, but not in silence if the settings have moved on."""
+    for stage in STAGES:
+        folder = config.run_folder / stage
+        if stage in selected or status(folder) != "done":
+            continue
+        plan = plan_stage(
+            stage, folder, make_fingerprint(config, SPECS[stage].sections, find_inputs(config, stage, []))
+        )
+        if plan.action == "stale":
+            print(f"{stage}: stale ({plan.reason}), used as it is; add it to stages to run it again", flush=True)
 
 
 def _announce(plan: Plan) -> None:
@@ -323,41 +212,6 @@ def _announce(plan: Plan) -> None:
     print(f"{plan.stage}: {text}", flush=True)
 
 
-def environment() -> dict[str, str]:
-    """What a result depends on besides its inputs: versions, machine kind, commit."""
-    import torch
-
-    names = ("turbotrain", "torch", "triton", "accelerate", "diffusers", "transformers")
-    found = {"python": platform.python_version(), "commit": _commit()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {os.cpu_count()} cores"
-    return found
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
-
-
-def _peak_memory() -> int:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 # ---- the run folder ------------------------------------------------------------------------------------------------
 
 
@@ -368,7 +222,9 @@ def _check_writable(root: Path) -> None:
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
     except OSError as error:
-        raise UsageError(f"output_dir={str(root.parent)!r}: cannot write there ({error.strerror}); choose another output_dir") from error
+        raise UsageError(
+            f"output_dir={str(root.parent)!r}: cannot write there ({error.strerror}); choose another output_dir"
+        ) from error
 
 
 @contextmanager
@@ -381,7 +237,9 @@ def _owned(root: Path, main: bool) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UsageError(f"name={root.name!r}: another process is running in {root}; wait for it, or choose another name") from error
+            raise UsageError(
+                f"name={root.name!r}: another process is running in {root}; wait for it, or choose another name"
+            ) from error
         yield
 
 

@@ -97,9 +97,13 @@ class LatentDataset:
         index = folder / INDEX_FILE
         shards = sorted(folder.glob("*.tar"))
         if not folder.is_dir() or not shards:
-            raise DatasetError(f"data: no *.tar shards in {folder}; run the data stage, or set data.path to a folder of shards")
+            raise DatasetError(
+                f"data: no *.tar shards in {folder}; run the data stage, or set data.path to a folder of shards"
+            )
         if not index.is_file():
-            raise DatasetError(f"data: {index} is missing; it holds the empty prompt's embedding. Build the shards again")
+            raise DatasetError(
+                f"data: {index} is missing; it holds the empty prompt's embedding. Build the shards again"
+            )
         try:
             with safe_open(index, framework="pt") as file:
                 self.negative_LD = file.get_tensor("negative_embed")
@@ -145,7 +149,9 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, Tensor, Tensor, str]]:
     """The samples of one shard, each checked to be whole."""
     _check_tar(shard)
     # webdataset takes URLs: an explicit scheme keeps a path with odd characters from being read as a command.
-    samples = wds.WebDataset(f"file:{shard}", shardshuffle=False, handler=wds.handlers.reraise_exception, empty_check=False)
+    samples = wds.WebDataset(
+        f"file:{shard}", shardshuffle=False, handler=wds.handlers.reraise_exception, empty_check=False
+    )
     found = 0
     try:
         for sample in samples:
@@ -153,9 +159,13 @@ def _read_shard(shard: Path) -> Iterator[tuple[str, Tensor, Tensor, str]]:
             missing = [part for part in ("latent.pt", "embed.pt", "prompt.txt") if part not in sample]
             if missing:
                 raise DatasetError(f"data: {shard.name}, sample {key}: no {', '.join(missing)}; build the shard again")
-            latent, embed = (load_tensor(sample[part], f"{shard.name}, sample {key}") for part in ("latent.pt", "embed.pt"))
+            latent, embed = (
+                load_tensor(sample[part], f"{shard.name}, sample {key}") for part in ("latent.pt", "embed.pt")
+            )
             if not torch.isfinite(latent).all():
-                raise DatasetError(f"data: {shard.name}, sample {key}: the latent holds NaN or Inf; build the shard again")
+                raise DatasetError(
+                    f"data: {shard.name}, sample {key}: the latent holds NaN or Inf; build the shard again"
+                )
             found += 1
             yield key, latent.half(), embed.half(), sample["prompt.txt"].decode()
     except (tarfile.TarError, EOFError, OSError) as error:

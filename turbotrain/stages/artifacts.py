@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +12,18 @@ from torch import Tensor
 from turbotrain.checkpoint import CheckpointMeta, read_meta, save_checkpoint
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.config import Config
-from turbotrain.evaluation.video import contact_sheet, write_image
+from turbotrain.evaluation.video import contact_sheet, png_bytes, write_bytes
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import Variant
 from turbotrain.model.wan import WanTransformer
-from turbotrain.pipeline import TurboPipeline
+from turbotrain.pipeline import TurboPipeline, find_component
+from turbotrain.records import environment, hash_path
 from turbotrain.stages.context import StageContext
-from turbotrain.training.ema import PowerEMA
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
 # The tiny codecs of small worlds travel with every checkpoint; Wan's 11 GB text encoder is referred to.
 COPIED_UP_TO = 64 * 2**20
+SAMPLES = 4
 
 
 def attention_config(config: Config) -> AttentionConfig:
@@ -32,18 +33,98 @@ def attention_config(config: Config) -> AttentionConfig:
     )
 
 
-def sampler_settings(config: Config) -> dict[str, object]:
+def sampler_settings(config: Config) -> dict[str, Any]:
     """What a Turbo checkpoint records of its sampler."""
     return {"sigma_max": config.sampler.sigma_max, "times": list(config.sampler.times), "ode": config.sampler.ode}
 
 
-def load_codec(folder: Path, device: torch.device, variant: Variant) -> tuple[VideoCodec, TextEncoder]:
-    codec = VideoCodec.from_pretrained(str(folder / "vae"), device=str(device), dtype=torch.float32)
+def codec_parts(context: StageContext) -> dict[str, Path]:
+    """Where the VAE, the text encoder and the tokenizer lie; empty where the recipe names no codec."""
+    folder = context.inputs.get("codec")
+    if folder is None:
+        return {}
+    beside = {name: folder / name for name in COMPONENTS}
+    if all(path.is_dir() for path in beside.values()):
+        return beside
+    named = read_meta(folder).components
+    return {name: Path(find_component(name, named, folder)) for name in COMPONENTS}
+
+
+def load_codec(parts: Mapping[str, Path], device: torch.device, variant: Variant) -> tuple[VideoCodec, TextEncoder]:
+    codec = VideoCodec.from_pretrained(str(parts["vae"]), device=str(device), dtype=torch.float32)
     text = TextEncoder.from_pretrained(
-        str(folder / "text_encoder"),
-        str(folder / "tokenizer"),
+        str(parts["text_encoder"]),
+        str(parts["tokenizer"]),
         device=str(device),
         dtype=torch.float32,
         text_len=variant.config.text_len,
     )
     return codec, text
+
+
+def make_pipeline(context: StageContext, network: WanTransformer, meta: CheckpointMeta | None = None) -> TurboPipeline:
+    codec, text = load_codec(codec_parts(context), context.device, context.variant)
+    return TurboPipeline([network], codec, text, context.variant, meta, context.device)
+
+
+def write_model(
+    context: StageContext,
+    state_dict: Mapping[str, Tensor],
+    network: WanTransformer,
+    *,
+    sampler: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> CheckpointMeta:
+    """Write the stage's checkpoint: weights, everything that inference needs to know, and where it came from."""
+    lineage: list[dict[str, Any]] = []
+    base_license = ""
+    for role in ("teacher", "sla", "rcm", "merge", "student"):
+        if role in context.inputs:
+            before = read_meta(context.inputs[role])
+            lineage, base_license = before.lineage, before.license
+    inputs = {role: hash_path(path) for role, path in context.inputs.items() if role not in ("data", "codec")}
+    made = environment()
+    entry = {"stage": context.name, "inputs": inputs, "commit": made["commit"], "torch": made["torch"]}
+    parts = codec_parts(context)
+    size = sum(file.stat().st_size for path in parts.values() for file in path.rglob("*") if file.is_file())
+    copied = parts if size <= COPIED_UP_TO else {}
+    meta = CheckpointMeta(
+        variant=context.variant.name,
+        config=network.config.to_dict(),
+        attention=network.attention_config.to_dict(),
+        quantization=None if quantization is None else dict(quantization),
+        sampler=None if sampler is None else dict(sampler),
+        lineage=[*lineage, entry],
+        license=base_license or ("Apache-2.0" if context.variant.vae == "shapes" else ""),
+        components={} if copied else {name: str(path.absolute()) for name, path in parts.items()},
+        dtype=str(network.dtype).removeprefix("torch."),
+    )
+    save_checkpoint(context.checkpoint, state_dict, meta, copied)
+    return meta
+
+
+def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> Callable[[int], None] | None:
+    """A function that writes `samples/step_00000100.png`: the same prompts and seeds each time, as filmstrips.
+
+    None where nothing is to be sampled, or the recipe has no codec to decode with.
+    """
+    section = getattr(context.config, context.name)
+    if not section.sample_every or "codec" not in context.inputs or not context.accelerator.is_main_process:
+        return None
+    meta = CheckpointMeta(sampler=sampler_settings(context.config))
+    pipe = make_pipeline(context, network, meta)
+    prompts = context.dataset().prompts[:SAMPLES]
+    teacher = context.config.sampler.teacher
+    settings = {"steps": teacher.steps, "guidance": teacher.guidance, "shift": teacher.shift}
+    data = context.config.data
+
+    def sample(done: int) -> None:
+        was_training = network.training
+        how = settings if mode == "teacher" else {"steps": 4}
+        result = pipe(prompts, mode=mode, seed=0, width=data.width, height=data.height, frames=data.frames, **how)
+        network.train(was_training)
+        folder = context.folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / f"step_{done:08d}.png", png_bytes(contact_sheet(result.videos)))
+
+    return sample

@@ -88,7 +88,9 @@ class BatchSource:
         self.device = context.device
         self.batch_size = batch_size
         share = batch_size // processes
-        self.positions = range(context.accelerator.process_index * share, (context.accelerator.process_index + 1) * share)
+        self.positions = range(
+            context.accelerator.process_index * share, (context.accelerator.process_index + 1) * share
+        )
         self._orders: dict[int, list[int]] = {}
 
     def at(self, step: int) -> tuple[Batch, StepRandom]:

@@ -13,20 +13,26 @@ from torch import Tensor
 from turbotrain.codecs.text import TextEncoder
 from turbotrain.codecs.vae import VideoCodec
 from turbotrain.data.latents import Sample, write_shards
-from turbotrain.data.shapes import sample_clip
-from turbotrain.stages.artifacts import load_codec
+from turbotrain.data.shapes import render_batch, sample_clips
+from turbotrain.stages.artifacts import codec_parts, load_codec
 from turbotrain.stages.context import StageContext
 
 
 def run(context: StageContext) -> dict[str, object]:
     data = context.config.data
-    codec, text = load_codec(context.inputs["codec"], context.device, context.variant)
+    codec, text = load_codec(codec_parts(context), context.device, context.variant)
     count = write_shards(
         context.checkpoint,
         _encoded_shapes(context, codec, text),
         _embed(text, [""])[0],
         data.samples_per_shard,
-        {"kind": "shapes", "seed": context.config.seed, "width": data.width, "height": data.height, "frames": data.frames},
+        {
+            "kind": "shapes",
+            "seed": context.config.seed,
+            "width": data.width,
+            "height": data.height,
+            "frames": data.frames,
+        },
     )
     return {"samples": count}
 
@@ -34,12 +40,9 @@ def run(context: StageContext) -> dict[str, object]:
 def _encoded_shapes(context: StageContext, codec: VideoCodec, text: TextEncoder) -> Iterator[Sample]:
     data = context.config.data
     for begin in range(0, data.count, data.batch_size):
-        clips = [
-            sample_clip(index, context.config.seed, split="train")
-            for index in range(begin, min(begin + data.batch_size, data.count))
-        ]
-        frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
-        latents = codec.encode(frames).cpu()
+        count = min(data.batch_size, data.count - begin)
+        clips = sample_clips(count, context.config.seed, split="train", start=begin)
+        latents = codec.encode(torch.from_numpy(render_batch(clips))).cpu()
         embeds = _embed(text, [clip.caption for clip in clips])
         for clip, latent, embed in zip(clips, latents, embeds, strict=True):
             yield Sample(latent, embed, clip.caption)

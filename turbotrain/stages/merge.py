@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from turbotrain.checkpoint.io import load_transformer
-from turbotrain.stages.artifacts import attention_config, write_model
+from turbotrain.stages.artifacts import attention_config, sampler_settings, write_model
 from turbotrain.stages.context import StageContext
 
 
@@ -18,9 +18,11 @@ def run(context: StageContext) -> dict[str, object]:
     only_sla = sorted(trained.keys() - distilled.keys())
     strange = [key for key in only_sla if ".proj_l." not in key] + sorted(distilled.keys() - trained.keys())
     if strange:
-        raise ValueError(f"merge: the SLA and rCM networks differ in more than SLA's projections: {', '.join(strange[:8])}")
+        raise ValueError(
+            f"merge: the SLA and rCM networks differ in more than SLA's projections: {', '.join(strange[:8])}"
+        )
     merged = {key: value + weight * (trained[key] - before[key]) for key, value in distilled.items()}
     merged.update({key: trained[key] for key in only_sla})
     rcm.set_attention(attention_config(context.config))
-    write_model(context, merged, rcm)
+    write_model(context, merged, rcm, sampler=sampler_settings(context.config))
     return {"weight": weight, "merged": len(distilled), "from_sla": len(only_sla)}

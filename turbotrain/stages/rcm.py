@@ -21,7 +21,12 @@ from turbotrain.diffusion.velocity import Velocity, bind
 from turbotrain.losses import LossOutput, backward_simulation, critic, dcm, dmd, scm
 from turbotrain.losses.consistency import TangentForm, TangentMethod
 from turbotrain.model.wan import WanTransformer
-from turbotrain.stages.artifacts import attention_config, sample_strips, write_model
+from turbotrain.stages.artifacts import (
+    attention_config,
+    sample_strips,
+    sampler_settings,
+    write_model,
+)
 from turbotrain.stages.context import BatchSource, StageContext, draw_times
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import StepLoss, train
@@ -40,14 +45,12 @@ class RcmTask:
         self.teacher = load_transformer(context.inputs["teacher"], device=context.device, dtype=torch.float32)
         self.teacher.requires_grad_(False)
         self.network = student_network(context)
-        self.average = PowerEMA(self.network, rate=section.ema_rate)
         student = make_role(context.accelerator, "student", self.network, section.optim, section.steps)
         self.roles = {"student": student}
+        self.average = PowerEMA(self.network, rate=section.ema_rate)
         if any(phase.dmd for phase in section.phases):
             fake = load_transformer(context.inputs["teacher"], dtype=torch.float32)
-            self.roles["critic"] = make_role(
-                context.accelerator, "critic", fake, section.critic_optim, section.steps
-            )
+            self.roles["critic"] = make_role(context.accelerator, "critic", fake, section.critic_optim, section.steps)
 
     def loss(self, step: int) -> StepLoss:
         phase, dmd_step = self._phase(step)
@@ -123,7 +126,9 @@ class RcmTask:
             fixed = batch.latent_BCTHW.new_tensor(self.sampler.times, dtype=torch.float64)
             draws = [fixed[i].expand(len(batch.prompts)) for i in range(again)]
         else:
-            draws = [rf_to_trig(draw_times(self.section.times_dmd, random, f"simulation_time_{i}")) for i in range(again)]
+            draws = [
+                rf_to_trig(draw_times(self.section.times_dmd, random, f"simulation_time_{i}")) for i in range(again)
+            ]
         noises = [random.normal(f"simulation_noise_{i}", shape) for i in range(again)]
         return backward_simulation(student, random.normal("simulation_start", shape), draws, noises)
 
@@ -149,7 +154,7 @@ class RcmTask:
         return self.average.state_dict()
 
     def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.average.load_state_dict(dict(tensors))
+        self.average.load_state_dict(tensors)
 
 
 def student_network(context: StageContext) -> WanTransformer:
@@ -168,5 +173,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.rcm)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="turbo"))
     if context.accelerator.is_main_process:
-        write_model(context, task.average.network_state(task.network), task.network)
+        write_model(context, task.average.network_state(), task.network, sampler=sampler_settings(context.config))
     return {"updates": {name: role.updates for name, role in task.roles.items()}}

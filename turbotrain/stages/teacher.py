@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from turbotrain.checkpoint.io import load_transformer
 from turbotrain.diffusion.velocity import bind
-from turbotrain.losses.flow_matching import flow_matching
+from turbotrain.losses import flow_matching
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import sample_strips, write_model
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
@@ -24,10 +25,9 @@ class TeacherTask:
         self.section = section
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = initial_network(context)
-        self.average = PowerEMA(self.network, rate=section.ema_rate)
         role = make_role(context.accelerator, "teacher", self.network, section.optim, section.steps)
-        self.average.to(context.device)
         self.roles = {"teacher": role}
+        self.average = PowerEMA(self.network, rate=section.ema_rate)
 
     def loss(self, step: int) -> StepLoss:
         batch, random = self.source.at(step)
@@ -49,8 +49,6 @@ class TeacherTask:
 
 def initial_network(context: StageContext) -> WanTransformer:
     """The network to train: `model.teacher` if the recipe names one, else the variant at random."""
-    import torch
-
     if "teacher" in context.inputs:
         return load_transformer(context.inputs["teacher"], dtype=torch.float32)
     torch.manual_seed(derive_seed(context.seed, "initial weights"))
@@ -60,8 +58,7 @@ def initial_network(context: StageContext) -> WanTransformer:
 def run(context: StageContext) -> dict[str, object]:
     task = TeacherTask(context)
     settings = context.loop_settings(context.config.teacher)
-    with sample_strips(context, task.average, mode="teacher") as sample:
-        train(task, settings, context.folder, context.accelerator, sample)
+    train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="teacher"))
     if context.accelerator.is_main_process:
-        write_model(context, task.average.network_state(), task.network, sampler=None)
+        write_model(context, task.average.network_state(), task.network)
     return {"parameters": sum(p.numel() for p in task.network.parameters())}

@@ -6,13 +6,13 @@ alternating updates never touch the other's gradients.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from turbotrain.config import Config, OptimSection
@@ -29,14 +29,14 @@ def make_accelerator(config: Config) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("launch.device='cuda': torch sees no CUDA device here; use launch.device=cpu or auto")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    handlers: list = [DistributedDataParallelKwargs(find_unused_parameters=False)]
-    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # Stages that only the first process runs (evaluation, say) keep the others waiting for longer than the default.
+    backend = "gloo" if on_cpu else "nccl"
+    patience = InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=4))
     return Accelerator(
         cpu=on_cpu,
         log_with=list(config.logging.trackers) or None,
         project_dir=str(config.run_folder),
-        kwargs_handlers=handlers,
+        kwargs_handlers=[patience],
     )
 
 

@@ -41,9 +41,7 @@ class StepRandom:
 
     def uniform(self, stream: str) -> Tensor:
         """Uniform on [0, 1), (B,) float64."""
-        draws = [
-            torch.rand((), generator=g, device=self.device, dtype=torch.float64) for g in self._generators(stream)
-        ]
+        draws = [torch.rand((), generator=g, device=self.device, dtype=torch.float64) for g in self._generators(stream)]
         return torch.stack(draws)
 
 
