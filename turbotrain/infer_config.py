@@ -1,7 +1,7 @@
 """The schema of `infer.py`: one dataclass, checked against the checkpoint's header before torch is imported.
 
 Every check names the field, the value and what is allowed. What depends on the variant (sizes, lengths, image input) is read from
-the checkpoint's metadata, which a header read gives in milliseconds (`turbotrain.preflight`).
+the checkpoint's metadata, which a header read gives in milliseconds (`turbotrain.checkpoint.header`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from turbotrain.checkpoint import layouts
+from turbotrain.checkpoint.header import CheckpointProblem, Glimpse, check_checkpoint, inspect_checkpoint
 from turbotrain.compose import UsageError, compose, reject
-from turbotrain.model.variants import VARIANTS, Variant
-from turbotrain.preflight import CheckpointProblem, Glimpse, inspect_checkpoint
+from turbotrain.model.variants import VARIANTS, Variant, variants_with
 
 MODES = ("generate", "evaluate", "benchmark")
 SAMPLERS = ("turbo", "teacher")
@@ -133,13 +134,11 @@ def check(config: InferConfig) -> Request:
     prompts = _read_prompts(config)
     if not config.checkpoint:
         raise UsageError("checkpoint: missing; say checkpoint=PATH, a folder or file that training or conversion wrote")
-    try:
-        glimpse = inspect_checkpoint(config.checkpoint)
-        if config.teacher:
-            inspect_checkpoint(config.teacher)
-    except CheckpointProblem as problem:
-        field_name = "teacher" if config.teacher and str(problem).startswith(config.teacher) else "checkpoint"
-        raise CheckpointProblem(f"{field_name}: {problem}") from problem
+    if config.variant is not None:
+        _choice("variant", config.variant, tuple(VARIANTS))
+    glimpse = _look("checkpoint", config.checkpoint, config.variant)
+    if config.teacher:
+        _look("teacher", config.teacher, None)
     variant = _check_variant(config, glimpse)
     _check_size(config, variant)
     _check_image(config, variant)
@@ -206,47 +205,32 @@ def _read_prompts(config: InferConfig) -> list[str]:
     return [config.prompt]
 
 
+def _look(name: str, path: str, variant: str | None) -> Glimpse:
+    try:
+        return check_checkpoint(path, variant) if variant else inspect_checkpoint(path)
+    except CheckpointProblem as problem:
+        raise CheckpointProblem(f"{name}: {problem}") from problem
+
+
 def _check_variant(config: InferConfig, glimpse: Glimpse) -> Variant | None:
-    """The variant that metadata, or the user, names; the tensors must agree with it."""
+    """The variant that metadata, the user or the tensors' shapes name; None for a pickle that nobody named."""
     named = glimpse.metadata.get("variant") if glimpse.metadata else None
-    if config.variant is not None:
-        _choice("variant", config.variant, tuple(VARIANTS))
-        if named is not None and named != config.variant:
-            reject("variant", config.variant, f"the checkpoint says it is {named!r}; leave variant out or use that one's checkpoint")
+    if config.variant is not None and named and named != config.variant:
+        reject("variant", config.variant, f"the checkpoint says it is {named!r}; leave variant out or use that one's checkpoint")
     name = named or config.variant
-    if name is None:
+    if not name and glimpse.shapes and not glimpse.metadata:
+        names = layouts.native_names(glimpse.shapes, config.checkpoint)
+        shapes = {native: glimpse.shapes[own] for own, native in names.items()}
+        fitting = variants_with(layouts.infer_config(shapes, layouts.config_hints(glimpse.config), config.checkpoint))
+        name = fitting[0] if fitting else None
+    if not name:
         return None
     if name not in VARIANTS:
         raise CheckpointProblem(
             f"checkpoint: {config.checkpoint} is of variant {name!r}, which this version does not know "
             f"(known: {', '.join(VARIANTS)}); update turbotrain"
         )
-    variant = VARIANTS[name]
-    _check_dimensions(config, glimpse, variant)
-    return variant
-
-
-def _check_dimensions(config: InferConfig, glimpse: Glimpse, variant: Variant) -> None:
-    """The tensors' own dimensions against those that metadata (or else the variant) promise."""
-    expected = {"dim": variant.config.dim, "ffn_dim": variant.config.ffn_dim, "num_layers": variant.config.num_layers}
-    if glimpse.metadata and isinstance(glimpse.metadata.get("config"), dict):
-        expected.update({key: value for key, value in glimpse.metadata["config"].items() if key in expected})
-    found: dict[str, int] = {}
-    shapes = glimpse.shapes
-    for key, shape in shapes.items():
-        if key.endswith("head.modulation"):
-            found["dim"] = shape[-1]
-        if key.endswith(("blocks.0.ffn.0.bias", "blocks.0.ffn.net.0.proj.bias")):
-            found["ffn_dim"] = shape[0]
-    layers = {key.split("blocks.")[1].split(".")[0] for key in shapes if "blocks." in key}
-    if layers:
-        found["num_layers"] = len(layers)
-    for key, value in found.items():
-        if value != expected[key]:
-            raise CheckpointProblem(
-                f"checkpoint: {config.checkpoint} has {key}={value}, but variant {variant.name!r} has {key}={expected[key]}; "
-                "this is another variant's checkpoint"
-            )
+    return VARIANTS[name]
 
 
 def _check_size(config: InferConfig, variant: Variant | None) -> None:

@@ -11,11 +11,11 @@ Shapes: B videos, C latent channels, T latent frames, H, W latent height and wid
 from __future__ import annotations
 
 import copy
-import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_checkpoint
+from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_meta
+from turbotrain.checkpoint.header import expert_folders
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.conditioning import Conditioning, condition_on_image, load_image, size_for_area
 from turbotrain.diffusion.guidance import guided, switch_experts
-from turbotrain.diffusion.samplers import sample_teacher, sample_turbo
+from turbotrain.diffusion.samplers import TURBO_TIMES, Grid, Solver, draw_noise, sample_teacher, sample_turbo, seeded_generators
 from turbotrain.diffusion.velocity import Velocity, bind
 from turbotrain.model.variants import VARIANTS, Variant
 
-log = logging.getLogger(__name__)
 Callback = Callable[[int, int], None]  # (step just done, steps in all)
 
 
@@ -118,8 +118,8 @@ class TurboPipeline:
         """
         path = Path(path).expanduser()
         place = resolve_device(device)
-        folders = [path / name for name in ("high", "low")] if (path / "high").is_dir() else [path]
-        metas = [read_checkpoint(folder)[1] for folder in folders]
+        folders = list(expert_folders(path) or (path,))
+        metas = [read_meta(folder) for folder in folders]
         meta = metas[0]
         if variant is not None and meta.variant and meta.variant != variant:
             raise ValueError(f"variant={variant!r}: {path} says it is {meta.variant!r}; leave variant out")
@@ -165,8 +165,8 @@ class TurboPipeline:
         seeds: Sequence[int] | None = None,
         mode: str = "turbo",
         guidance: float | None = None,
-        solver: str = "unipc",
-        grid: str = "wan",
+        solver: Solver = "unipc",
+        grid: Grid = "wan",
         shift: float | None = None,
         ode: bool | None = None,
         sigma_max: float | None = None,
@@ -279,8 +279,8 @@ class TurboPipeline:
         negative_BLD: Tensor | None = None,
         conditioning: Conditioning | None = None,
         guidance: float | None = None,
-        solver: str = "unipc",
-        grid: str = "wan",
+        solver: Solver = "unipc",
+        grid: Grid = "wan",
         shift: float | None = None,
         ode: bool | None = None,
         sigma_max: float | None = None,
@@ -291,16 +291,17 @@ class TurboPipeline:
         Raises:
             ValueError: mode, steps, guidance out of range.
         """
-        generators = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
-        noise_BCTHW = torch.stack([torch.randn(shape, generator=g, device=self.device) for g in generators])
+        generators = seeded_generators(seeds, self.device)
+        noise_BCTHW = draw_noise((len(generators), *shape), generators)
         conditioning = (conditioning or Conditioning()).for_batch(len(seeds))
         if mode == "turbo":
             settings = self.turbo_settings(steps, ode, sigma_max)
+            hook = _counted(callback, settings["steps"])
             latents_BCTHW = sample_turbo(
                 self._velocity(context_BLD, conditioning),
                 noise_BCTHW,
                 generators=generators,
-                callback=callback,
+                callback=hook,
                 **settings,
             )
         elif mode == "teacher":
@@ -316,7 +317,7 @@ class TurboPipeline:
                 shift=self.variant.shift if shift is None else shift,
                 solver=solver,
                 grid=grid,
-                callback=callback,
+                callback=_counted(callback, steps),
             )
         else:
             raise ValueError(f"mode = {mode!r}: choose turbo or teacher")
@@ -327,16 +328,16 @@ class TurboPipeline:
     ) -> dict[str, Any]:
         """Arguments of the Turbo sampler: what is given here, else what the checkpoint says, else the variant's."""
         told = (self.meta.sampler if self.meta else None) or {}
-        times = told.get("times")
-        most = len(times) + 1 if times else 4
-        steps = min(4, most) if steps is None else steps
-        if not 1 <= steps <= most:
-            raise ValueError(f"steps = {steps}: the Turbo sampler of this checkpoint takes 1 to {most}")
+        later = tuple(told.get("times") or TURBO_TIMES)  # TrigFlow times of the steps after the first
+        steps = len(later) + 1 if steps is None else steps
+        if not 1 <= steps <= len(later) + 1:
+            raise ValueError(f"steps = {steps}: the Turbo sampler of this checkpoint takes 1 to {len(later) + 1}")
+        sigma = float(told.get("sigma_max", self.variant.sigma_max)) if sigma_max is None else sigma_max
         return {
             "steps": steps,
-            "times": times,
+            "times": [math.atan(sigma), *later][:steps],
             "ode": bool(told.get("ode", False)) if ode is None else ode,
-            "sigma_max": float(told.get("sigma_max", self.variant.sigma_max)) if sigma_max is None else sigma_max,
+            "sigma_max": sigma,
         }
 
     def decode(self, latents_BCTHW: Tensor) -> list[np.ndarray]:
@@ -364,13 +365,17 @@ class TurboPipeline:
         assert self.variant.boundary is not None  # every two-expert variant has one
         return switch_experts(velocities[0], velocities[1], self.variant.boundary)
 
-    def _clock(self) -> float:
+    def synchronize(self) -> None:
+        """Waits for the device, so that a clock read afterwards means something."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _clock(self) -> float:
+        self.synchronize()
         return time.perf_counter()
 
     @contextmanager
-    def _phase(self, timings: dict[str, Any], name: str):  # noqa: ANN202  # a generator's type says nothing here
+    def _phase(self, timings: dict[str, Any], name: str) -> Iterator[None]:
         start = self._clock()
         yield
         timings[name] += self._clock() - start
@@ -443,6 +448,11 @@ def _network_dtype(dtype: torch.dtype | None, meta: CheckpointMeta, device: torc
     if device.type == "cpu":
         return torch.float32
     return getattr(torch, meta.dtype, torch.bfloat16) if meta.dtype else torch.bfloat16
+
+
+def _counted(callback: Callback | None, total: int) -> Callable[[int, Tensor], None] | None:
+    """The samplers report (index, clean prediction); users are told (steps done, steps in all)."""
+    return None if callback is None else lambda index, _: callback(index + 1, total)
 
 
 def _batches(count: int, size: int | None) -> list[range]:
