@@ -30,8 +30,10 @@ _SAFE_GLOBALS = {
     "torch._tensor": ("_rebuild_from_type_v2",),
     "torch.nn.parameter": ("Parameter",),
     "torch.storage": ("TypedStorage", "UntypedStorage"),
-    "torch": ("Size", "Tensor", "device", "float16", "float32", "float64", "bfloat16", "float8_e4m3fn", "int8", "uint8")
-    + ("int16", "int32", "int64", "bool"),
+    "torch": (
+        *("Size", "Tensor", "device", "bool", "uint8", "int8", "int16", "int32", "int64"),
+        *("bfloat16", "float16", "float32", "float64", "float8_e4m3fn"),
+    ),
 }
 
 
@@ -74,7 +76,9 @@ def find_weights(path: str | Path) -> list[Path]:
         if path.name.endswith(INDEX_SUFFIX):
             return _shards(path)
         if path.suffix not in WEIGHT_SUFFIXES:
-            raise CheckpointProblem(f"{path}: {path.suffix!r} is no weights file; known are {', '.join(WEIGHT_SUFFIXES)}")
+            raise CheckpointProblem(
+                f"{path}: {path.suffix!r} is no weights file; known are {', '.join(WEIGHT_SUFFIXES)}"
+            )
         return [path]
     if not path.is_dir():
         raise CheckpointProblem(f"{path} does not exist; name a checkpoint folder, a .safetensors or a .pth file")
@@ -207,7 +211,9 @@ def refuse_unsafe_pickle(path: Path) -> None:
     remedy = "convert it to safetensors where you trust it, or get it from its publisher again"
     try:
         unsafe = [(module, name) for module, name in _pickle_globals(path) if not _is_safe(module, name)]
-    except Exception as error:  # a damaged pickle fails in zipfile and pickletools in many ways, which all mean the same
+    except (
+        Exception
+    ) as error:  # a damaged pickle fails in zipfile and pickletools in many ways, which all mean the same
         raise CheckpointProblem(f"{path}: truncated or not a torch checkpoint; {remedy}") from error
     if unsafe:
         called = ", ".join(sorted({f"{module}.{name}" for module, name in unsafe}))
@@ -230,7 +236,9 @@ def _pickle_globals(path: Path) -> Iterator[tuple[str, str]]:
     with open(path, "rb") as file:
         if file.peek(1)[:1] != b"\x80":
             raise ValueError("not a pickle")
-        for _ in range(5):  # the format before torch 1.6: magic, version, system, data and storage keys, one pickle each
+        for _ in range(
+            5
+        ):  # the format before torch 1.6: magic, version, system, data and storage keys, one pickle each
             if not file.peek(1):
                 return
             yield from _globals_of(file)

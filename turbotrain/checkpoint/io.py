@@ -69,7 +69,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             raise CheckpointProblem(f"{path}: holds no tensors under its top level, state_dict, model or module")
         state = nested
     if not isinstance(state, Mapping):
-        raise CheckpointProblem(f"{path}: holds a {type(state).__name__}, expected a state dict; convert it to safetensors")
+        raise CheckpointProblem(
+            f"{path}: holds a {type(state).__name__}, expected a state dict; convert it to safetensors"
+        )
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -137,7 +139,9 @@ def _name_variant(path: str | Path, config: WanConfig) -> str:
 
 
 def _dtype_of(state: Mapping[str, Tensor]) -> str:
-    return str(state["patch_embedding.weight"].dtype).removeprefix("torch.") if "patch_embedding.weight" in state else ""
+    return (
+        str(state["patch_embedding.weight"].dtype).removeprefix("torch.") if "patch_embedding.weight" in state else ""
+    )
 
 
 # ---- networks -----------------------------------------------------------------------------------------------------------
@@ -189,7 +193,9 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _own_memory(tensor: Tensor) -> Tensor:
     """A copy when the tensor is a view into a file: results must not depend on how a file happens to align its tensors."""
-    aligned = tensor.data_ptr() % 64 == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    aligned = (
+        tensor.data_ptr() % 64 == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    )
     return tensor if aligned and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -127,7 +127,9 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], hints: Mapping[str, Any]
     def shape(name: str) -> tuple[int, ...]:
         if name not in shapes:
             some = ", ".join(list(shapes)[:4]) or "none"
-            raise CheckpointProblem(f"{source}: not a Wan transformer, it has no tensor {name} (its tensors begin: {some})")
+            raise CheckpointProblem(
+                f"{source}: not a Wan transformer, it has no tensor {name} (its tensors begin: {some})"
+            )
         return shapes[name]
 
     patch = shape("patch_embedding.weight")

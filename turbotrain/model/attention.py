@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from turbokernels import BlockMask
 
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.tangent import Dual, WideLinear, linear
+from turbotrain.model.tangent import Dual, WideLinear, add, cast, linear
 
 
 def dense_attention(q: Dual, k: Dual, v: Dual) -> Dual:
     """softmax(q k^T / sqrt(D)) v, Lq != Lk allowed; q (B, Lq, N, D), k and v (B, Lk, N, D) -> (B, Lq, N, D)."""
     if q.t is None and k.t is None and v.t is None:
-        operands = (dual.x.transpose(1, 2) for dual in (q, k, v))
-        return Dual(F.scaled_dot_product_attention(*operands).transpose(1, 2))
+        q_BNLD, k_BNLD, v_BNLD = (dual.x.transpose(1, 2) for dual in (q, k, v))
+        return Dual(F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD).transpose(1, 2))
     return Dual(*tk.attention_jvp(q.x, k.x, v.x, q.t, k.t, v.t))
 
 
@@ -33,8 +33,8 @@ class DenseAttention(nn.Module):
 class SparseLinearAttention(nn.Module):
     """SLA: softmax attention over the kept key blocks, plus a projection P of linear attention over all keys.
 
-    P is float32, zero at initialisation (SLA then is pure sparse attention) and shared by the heads. Its place in the module
-    tree gives the published key `attn_op.local_attn.proj_l`.
+    P is float32, zero at initialisation (SLA then is pure sparse attention) and shared by the heads. Its place in the
+    module tree gives the published key `attn_op.local_attn.proj_l`.
     """
 
     def __init__(self, head_dim: int, config: AttentionConfig, device: torch.device | None = None) -> None:
@@ -55,26 +55,27 @@ class SparseLinearAttention(nn.Module):
         if selection is None:
             with torch.no_grad():
                 selection = tk.select_blocks(q.x, k.x, config.topk, config.block_q, config.block_k)
-        primals, tangents = (q.x, k.x, v.x), (q.t, k.t, v.t)
-        if any(tangent is not None for tangent in tangents):
-            if config.kind == "sage_sla":
-                raise ValueError("attention.kind=sage_sla has no tangent (inference only): use sla, which shares its weights")
-            sparse = Dual(*tk.sparse_attention_jvp(*primals, *tangents, selection))
-            global_ = Dual(*tk.linear_attention_jvp(*primals, *tangents, config.feature_map))
-        else:
+        primals = (q.x, k.x, v.x)
+        if q.t is None or k.t is None or v.t is None:
+            if not (q.t is k.t is v.t):
+                raise ValueError("SLA takes the tangents of q, k and v together, or none")
             sparse = Dual(self._sparse(*primals, selection))
-            global_ = Dual(tk.linear_attention(*primals, config.feature_map))
-        global_ = linear(self.local_attn["proj_l"], global_)
-        out = sparse.x + global_.x.to(sparse.x.dtype)
-        if sparse.t is None or global_.t is None:
-            return Dual(out), selection
-        return Dual(out, sparse.t + global_.t.to(sparse.t.dtype)), selection
+            everywhere = Dual(tk.linear_attention(*primals, config.feature_map))
+        else:
+            if config.kind == "sage_sla":
+                raise ValueError("attention.kind=sage_sla has no tangent (inference only): use sla, of equal weights")
+            sparse = Dual(*tk.sparse_attention_jvp(*primals, q.t, k.t, v.t, selection))
+            everywhere = Dual(*tk.linear_attention_jvp(*primals, q.t, k.t, v.t, config.feature_map))
+        projected = linear(self.local_attn["proj_l"], everywhere)
+        return add(sparse, cast(projected, q.x.dtype)), selection
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockMask) -> Tensor:
         if self.config.kind == "sla":
             return tk.sparse_attention(q, k, v, selection)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            raise ValueError("attention.kind=sage_sla has no gradient (inference only): train with sla, which shares its weights")
+            raise ValueError(
+                "attention.kind=sage_sla has no gradient (inference only): train with sla, of equal weights"
+            )
         return tk.sage_sparse_attention(q, k, v, selection)
 
 

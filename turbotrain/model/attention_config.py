@@ -1,4 +1,4 @@
-"""How self-attention is computed: dense, or SLA (method.md section 3). No torch here: configuration is checked early."""
+"""How self-attention is computed: dense, or SLA (method.md section 3). No torch here: values are checked early."""
 
 from __future__ import annotations
 

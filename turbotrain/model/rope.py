@@ -1,6 +1,6 @@
 """3-D rotary position embedding of Wan (formats.md 1) and the order in which tokens enter the blocks (method.md 3).
 
-Tables are made by functions and cached, not stored as buffers: a network built on the meta device has nothing to restore.
+Tables come from cached functions, not buffers: a network built on the meta device has nothing to restore.
 
 Shape suffixes: L tokens, P frequency pairs of one head (head_dim / 2).
 """
@@ -8,6 +8,7 @@ Shape suffixes: L tokens, P frequency pairs of one head (head_dim / 2).
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import torch
@@ -25,7 +26,7 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=16)
 def rope_table(grid: Grid, head_dim: int, block: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """exp(i angle), complex of `dtype`'s precision, (L, P), for the tokens of `grid` (t, h, w) in `token_order(grid, block)`.
+    """exp(i angle) (L, P), complex of `dtype`'s precision, for the tokens of `grid` (t, h, w) in `token_order`.
 
     Angles are computed in float64, as published: position * theta^(-2 j / width of the axis).
     """
@@ -44,7 +45,7 @@ def rope_table(grid: Grid, head_dim: int, block: int | None, device: torch.devic
 
 
 def cube_shape(grid: Grid, block: int) -> Grid:
-    """(t, h, w) of the box that a block of `block` tokens (a power of two) covers: as near to a cube as the grid allows.
+    """(t, h, w) of the box that `block` tokens (a power of two) cover: as near to a cube as the grid allows.
 
     Boxes that divide the grid exactly come first; without one, t and h extents near a cube's, clipped to the grid.
     """
@@ -61,16 +62,16 @@ def cube_shape(grid: Grid, block: int) -> Grid:
 
 def _even_split(length: int, parts: int) -> list[range]:
     bounds = [round(i * length / parts) for i in range(parts + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:])]
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 @functools.lru_cache(maxsize=16)
 def token_order(grid: Grid, block: int | None, device: torch.device) -> Tensor | None:
     """Raster indices (L,) of the tokens in the order in which they enter the network; None for raster order itself.
 
-    The grid is cut into beams, t x h cross-sections near `cube_shape`'s, walked column by column along w, there and back
-    like an ox ploughs. Any run of `block` consecutive tokens is then a compact box, or two boxes that touch where a beam ends;
-    when the box divides the grid, each aligned run is exactly one box.
+    The grid is cut into beams along w, of t x h cross-sections near `cube_shape`'s, walked column by column, there and
+    back as an ox ploughs. Any run of `block` consecutive tokens is then a compact box, or two boxes that touch where a
+    beam ends; when the box divides the grid, each aligned run is exactly one box.
     """
     if block is None:
         return None

@@ -1,9 +1,9 @@
 """Values that carry a tangent: how one forward pass of the network also yields its directional derivative.
 
-Forward-mode AD of the whole module fails under DDP, FSDP2 and ZeRO-3 (stack.md). So the network is written once on `Dual`s,
-a value with its graph and, when asked for, a tangent without one: linear layers multiply the tangent by the same weight,
-small pure functions take theirs from `torch.func.jvp` on detached inputs, attention from turbokernels. Without tangents
-each function here is a plain call.
+Forward-mode AD of the whole module fails under DDP, FSDP2 and ZeRO-3 (stack.md). So the network is written once on
+`Dual`s, a value with its graph and, when asked for, a tangent without one: linear layers multiply the tangent by the
+same weight, small pure functions take theirs from `torch.func.jvp` on detached inputs, attention from turbokernels.
+Without tangents each function here is a plain call.
 
 Shape suffixes: B batch, L tokens, D features.
 """
@@ -45,8 +45,8 @@ def lift(fn: Callable[..., Tensor], *args: Any) -> Dual:
 
     with torch.no_grad():
         inputs = tuple(values[i].detach() for i in tangents)
-        value, tangent = torch.func.jvp(of_moving, inputs, tuple(tangents.values()))
-    return Dual(fn(*values) if torch.is_grad_enabled() else value, tangent)
+        pair = torch.func.jvp(of_moving, inputs, tuple(tangents.values()))
+    return Dual(fn(*values) if torch.is_grad_enabled() else pair[0], pair[1])
 
 
 def add(a: Dual, b: Dual) -> Dual:
@@ -54,6 +54,11 @@ def add(a: Dual, b: Dual) -> Dual:
     if a.t is None or b.t is None:
         return Dual(a.x + b.x, b.t if a.t is None else a.t)
     return Dual(a.x + b.x, a.t + b.t)
+
+
+def cast(dual: Dual, dtype: torch.dtype) -> Dual:
+    """The dual in another precision."""
+    return Dual(dual.x.to(dtype), None if dual.t is None else dual.t.to(dtype))
 
 
 class Linear(nn.Linear):
@@ -76,6 +81,9 @@ class WideLinear(Linear):
     """A Linear of the float32 islands: whatever dtype its weight is stored in, it multiplies in float32 or better."""
 
     def forward(self, input: Tensor, tangent: Tensor | None = None) -> Any:
+        if torch.is_autocast_enabled(input.device.type):
+            with torch.autocast(input.device.type, enabled=False):
+                return self.forward(input, tangent)
         dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
         weight = self.weight.to(dtype)
         out = F.linear(input.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))

@@ -40,8 +40,8 @@ class WanConfig:
                 raise ValueError(f"model.{field}={getattr(self, field)}: must be at least 1")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise ValueError(
-                f"model.dim={self.dim} with model.num_heads={self.num_heads}: the head width dim / num_heads must be an "
-                "even whole number (published networks use 128)"
+                f"model.dim={self.dim} with model.num_heads={self.num_heads}: the head width dim / num_heads must be "
+                "an even whole number (published networks use 128)"
             )
         if self.freq_dim % 2:
             raise ValueError(f"model.freq_dim={self.freq_dim}: must be even (cosine and sine halves)")
@@ -105,7 +105,8 @@ class Variant:
         if frames < 1 or (frames - 1) % stride_t:
             below = max(0, (frames - 1) // stride_t) * stride_t + 1
             raise ValueError(
-                f"frames={frames}: {self.name} needs {stride_t} n + 1 frames; nearest are {below} and {below + stride_t}"
+                f"frames={frames}: {self.name} needs {stride_t} n + 1 frames; nearest are {below} and "
+                f"{below + stride_t}"
             )
         for field, value, multiple in zip(("height", "width"), (height, width), self.size_multiple, strict=True):
             if value < 1 or value % multiple:
@@ -124,7 +125,15 @@ _WAN_5B = WanConfig(
     dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_channels=48, out_channels=48, model_type="ti2v"
 )
 _SHAPES = WanConfig(
-    dim=128, ffn_dim=384, num_heads=4, num_layers=4, in_channels=6, out_channels=6, text_dim=64, text_len=32, freq_dim=64
+    dim=128,
+    ffn_dim=384,
+    num_heads=4,
+    num_layers=4,
+    in_channels=6,
+    out_channels=6,
+    text_dim=64,
+    text_len=32,
+    freq_dim=64,
 )
 
 VARIANTS: dict[str, Variant] = {

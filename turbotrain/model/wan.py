@@ -1,10 +1,10 @@
 """The Wan video diffusion transformer (arXiv 2503.20314): one implementation for every published variant.
 
-Parameter names are those of the official checkpoints (formats.md 2). Time embedding and projection, modulation, norms, rotary
-embedding and head compute in float32 whatever the weights' dtype, as published; the rest computes in the weights' dtype.
+Parameter names are those of the official checkpoints (formats.md 2). Time embedding and projection, modulation, norms,
+rotary embedding and head compute in float32 whatever the weights' dtype, as published; the rest in the weights' dtype.
 
-Shape suffixes: B batch, C channels, T H W latent frames, height, width, L video tokens, S context tokens, M 1 or L (one time
-for the sample, or one per token), D model width, N heads, P rotary pairs.
+Shape suffixes: B batch, C channels, T H W latent frames, height, width, L video tokens, S context tokens, M 1 or L (one
+time for the sample, or one per token), D model width, N heads, P rotary pairs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from turbokernels import BlockMask
 from turbotrain.model import functional as fn
 from turbotrain.model.attention import SparseLinearAttention, build_attention, dense_attention
 from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.inputs import Selection, check_inputs
 from turbotrain.model.rope import Grid, inverse_order, rope_table, token_order
-from turbotrain.model.tangent import Dual, Linear, WideLinear, add, lift, linear, wide
+from turbotrain.model.tangent import Dual, Linear, WideLinear, add, cast, lift, linear, wide
 from turbotrain.model.variants import WanConfig
 
 # Parameters that stay float32 when the network is cast; P of SLA is one of them.
-FLOAT32_ISLANDS = re.compile(r"(^|\.)(time_embedding|time_projection|modulation|norm3|norm_[qk](_img)?|head|proj_l)(\.|$)")
-Selection = Sequence[BlockMask | None]
+FLOAT32_ISLANDS = re.compile(
+    r"(^|\.)(time_embedding|time_projection|modulation|norm3|norm_[qk](_img)?|head|proj_l)(\.|$)"
+)
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +60,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Video tokens attend to the text and, where the network has CLIP tokens (Wan 2.1 I2V), to the image; the two add up."""
+    """Video tokens attend to the text and, in networks with CLIP tokens (Wan 2.1 I2V), to the image; the two add up."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -78,14 +80,15 @@ class CrossAttention(nn.Module):
 
     def _attend(self, q: Dual, context_BSD: Tensor, to_k: nn.Module, to_v: nn.Module, norm_k: RMSNorm) -> Dual:
         k = lift(fn.rms_norm, to_k(context_BSD), norm_k.weight, self.eps)
-        return dense_attention(q, _split_heads(k, self.num_heads), _split_heads(Dual(to_v(context_BSD)), self.num_heads))
+        v = Dual(to_v(context_BSD))
+        return dense_attention(q, _split_heads(k, self.num_heads), _split_heads(v, self.num_heads))
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last are modulated and gated by the time.
 
-    smooth_attn, smooth_ffn: optional SmoothQuant vectors (D,) that divide the inputs of q, k, v and of ffn.0; the quantizer
-    sets them and multiplies the weights. norm3 stands before cross-attention and is affine, as in the official names.
+    smooth_attn, smooth_ffn: optional SmoothQuant vectors (D,) that divide the inputs of q, k, v and of ffn.0; the
+    quantizer sets them and multiplies the weights. norm3 stands before cross-attention and is affine, as published.
     """
 
     smooth_attn: Tensor | None
@@ -114,7 +117,10 @@ class Block(nn.Module):
         rope_LP: Tensor,
         selection: BlockMask | None = None,
     ) -> tuple[Dual, BlockMask | None]:
-        """x (B, L, D) and the block lists of its self-attention; `time`: shift, scale, gate of attention, then of ffn (B, M, D)."""
+        """x (B, L, D) and the block lists of its self-attention.
+
+        time: shift, scale, gate of self-attention, then of the feed-forward, each (B, M, D).
+        """
         if not (self.checkpointed and torch.is_grad_enabled()):
             return self._compute(x, time, context_BSD, clip_BSD, rope_LP, selection)
 
@@ -123,7 +129,7 @@ class Block(nn.Module):
             out, selection = self._compute(x, time, context_BSD, clip_BSD, rope_LP, selection)
             return out
 
-        # Inside forward, so that the wrappers of parallel training sit outside; there is no dropout, so no RNG to restore.
+        # Inside forward, so that the wrappers of parallel training sit outside. No dropout, so no RNG state to restore.
         out = checkpoint(compute, x, time, context_BSD, clip_BSD, use_reentrant=False, preserve_rng_state=False)
         assert out is not None
         return out, selection
@@ -168,22 +174,6 @@ class PatchEmbedding(nn.Conv3d):
             return out, nn.functional.linear(tangent, weight)
 
 
-class ImageEmbedding(nn.Module):
-    """CLIP tokens (B, S, image_dim) -> (B, S, D). The norms are PyTorch's (eps 1e-5), as published."""
-
-    def __init__(self, image_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.LayerNorm(image_dim), Linear(image_dim, image_dim), nn.GELU(), Linear(image_dim, dim), nn.LayerNorm(dim)
-        )
-
-    def forward(self, clip_BSC: Tensor) -> Tensor:
-        first, last = self.proj[0], self.proj[4]
-        h = fn.affine_norm(clip_BSC, first.weight, first.bias, first.eps)
-        h = self.proj[3](self.proj[2](self.proj[1](h)))
-        return fn.affine_norm(h, last.weight, last.bias, last.eps)
-
-
 class Head(nn.Module):
     """Modulated norm and projection to patches, all in float32."""
 
@@ -214,7 +204,10 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, self.attention_config) for _ in range(config.num_layers))
         self.head = Head(config)
         if config.image_dim is not None:
-            self.img_emb = ImageEmbedding(config.image_dim, dim)
+            # PyTorch's own norms (eps 1e-5), as published.
+            clip, wide_clip = nn.LayerNorm(config.image_dim), Linear(config.image_dim, config.image_dim)
+            tokens = nn.Sequential(clip, wide_clip, nn.GELU(), Linear(config.image_dim, dim), nn.LayerNorm(dim))
+            self.img_emb = nn.ModuleDict({"proj": tokens})
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -248,7 +241,7 @@ class WanTransformer(nn.Module):
         return self
 
     def set_attention(self, attention: AttentionConfig) -> WanTransformer:
-        """Swap every self-attention operator in place. A P that exists is kept by SLA kinds; a new one starts at zero."""
+        """Swap every self-attention operator in place. SLA kinds keep a P that exists; a new one starts at zero."""
         for block in self.blocks:
             attn = block.get_submodule("self_attn")
             if attention.is_sparse and isinstance(attn.attn_op, SparseLinearAttention):
@@ -261,42 +254,42 @@ class WanTransformer(nn.Module):
     def enable_activation_checkpointing(self, enabled: bool = True) -> WanTransformer:
         """Recompute each block in the backward pass instead of storing its activations."""
         for block in self.blocks:
-            block.checkpointed = enabled
+            setattr(block, "checkpointed", enabled)  # noqa: B010 (typed access fails on ModuleList items)
         return self
 
     def forward(
         self,
         x_BCTHW: Tensor,
         timestep: Tensor,
-        context_BSC: Tensor,
+        context_BLD: Tensor,
         y_BCTHW: Tensor | None = None,
-        clip_BSC: Tensor | None = None,
+        clip_BLD: Tensor | None = None,
         *,
         tangents: tuple[Tensor, Tensor] | None = None,
         selection: Selection | None = None,
         return_selection: bool = False,
     ) -> Any:
-        """v (B, C, T, H, W), float32 or better; then its tangent if `tangents`; then the block lists if `return_selection`.
+        """v (B, C, T, H, W), float32 or better; its tangent if `tangents`; the block lists if `return_selection`.
 
-        timestep: 1000 s, (B,) or one per token in raster order (B, L). context_BSC: text embedding padded with zero rows.
-        y_BCTHW: channels concatenated to x (I2V: mask, image latent). clip_BSC: CLIP tokens (Wan 2.1 I2V).
+        timestep: 1000 s, (B,) or one per token in raster order (B, L). context_BLD: text embedding, zero rows as padding.
+        y_BCTHW: channels concatenated to x (I2V: mask, image latent). clip_BLD: CLIP tokens (Wan 2.1 I2V).
         tangents: (tx like x, ttimestep like timestep); v keeps its graph, the tangent has none (stack.md).
         selection: block lists per layer (None entries are chosen anew), as an earlier call returned them.
         Raises ValueError for inputs that do not fit `config`.
         """
-        grid = self._check(x_BCTHW, timestep, context_BSC, y_BCTHW, clip_BSC, tangents, selection)
+        grid = check_inputs(self.config, x_BCTHW, timestep, context_BLD, y_BCTHW, clip_BLD, tangents, selection)
         tx, ttimestep = tangents if tangents is not None else (None, None)
         attention = self.attention_config
         block = min(attention.block_q, attention.block_k) if attention.order == "cube" else None
         order_L = token_order(grid, block, x_BCTHW.device)
 
-        x = lift(self._patches, Dual(x_BCTHW.to(self.dtype), None if tx is None else tx.to(self.dtype)), y_BCTHW, order_L)
-        x = linear(self.patch_embedding, x)
+        latent = cast(Dual(x_BCTHW, tx), self.dtype)
+        x = linear(self.patch_embedding, lift(self._patches, latent, y_BCTHW, order_L))
         rope_LP = rope_table(grid, self.config.head_dim, block, x_BCTHW.device, wide(x.x).dtype)
 
         time, modulation = self._time(timestep, ttimestep, order_L, wide(x.x).dtype)
-        context_BSD = self.text_embedding[2](fn.gelu_tanh(self.text_embedding[0](context_BSC.to(self.dtype))))
-        clip_BSD = None if clip_BSC is None else self.img_emb(clip_BSC.to(self.dtype))
+        context_BSD = self.text_embedding[2](fn.gelu_tanh(self.text_embedding[0](context_BLD.to(self.dtype))))
+        clip_BSD = None if clip_BLD is None else self.img_emb["proj"](clip_BLD.to(self.dtype))
 
         chosen: list[BlockMask | None] = []
         for layer, given in zip(self.blocks, selection or [None] * len(self.blocks)):
@@ -304,7 +297,7 @@ class WanTransformer(nn.Module):
             chosen.append(mask)
 
         v = lift(self._unpatch, self.head(x, time), grid, block)
-        out = (v.x,) if tangents is None else (v.x, torch.zeros_like(v.x) if v.t is None else v.t)
+        out = (v.x,) if tangents is None else (v.x, v.t)
         out = (*out, chosen) if return_selection else out
         return out if len(out) > 1 else out[0]
 
@@ -321,9 +314,8 @@ class WanTransformer(nn.Module):
         if block is not None:
             x_BLD = x_BLD.index_select(1, inverse_order(grid, block, x_BLD.device))
         (t, h, w), (p, q, r) = grid, self.config.patch_size
-        return rearrange(
-            x_BLD, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r
-        ).contiguous()
+        pattern = "b (t h w) (p q r c) -> b c (t p) (h q) (w r)"
+        return rearrange(x_BLD, pattern, t=t, h=h, w=w, p=p, q=q, r=r).contiguous()
 
     def _time(
         self, timestep: Tensor, ttimestep: Tensor | None, order_L: Tensor | None, dtype: torch.dtype
@@ -344,45 +336,6 @@ class WanTransformer(nn.Module):
         values = projected.x.unflatten(-1, (6, -1)).unbind(2)
         slopes = [None] * 6 if projected.t is None else projected.t.unflatten(-1, (6, -1)).unbind(2)
         return time, [Dual(value, slope) for value, slope in zip(values, slopes)]
-
-    def _check(
-        self,
-        x_BCTHW: Tensor,
-        timestep: Tensor,
-        context_BSC: Tensor,
-        y_BCTHW: Tensor | None,
-        clip_BSC: Tensor | None,
-        tangents: tuple[Tensor, Tensor] | None,
-        selection: Selection | None,
-    ) -> Grid:
-        """The token grid (t, h, w); ValueError where an input does not fit the network."""
-        config = self.config
-        if x_BCTHW.ndim != 5 or x_BCTHW.shape[1] != config.out_channels:
-            raise ValueError(f"x has shape {tuple(x_BCTHW.shape)}: expected (B, {config.out_channels}, T, H, W)")
-        batch, _, *sizes = x_BCTHW.shape
-        if any(size < 1 or size % p for size, p in zip(sizes, config.patch_size)):
-            raise ValueError(f"x has (T, H, W) = {tuple(sizes)}: each must be a multiple of the patch {config.patch_size}")
-        t, h, w = (size // p for size, p in zip(sizes, config.patch_size))
-        y_channels = 0 if y_BCTHW is None else y_BCTHW.shape[1]
-        if y_channels != config.condition_channels or (y_BCTHW is not None and [*y_BCTHW.shape[2:]] != sizes):
-            given = "none" if y_BCTHW is None else str(tuple(y_BCTHW.shape))
-            raise ValueError(f"y is {given}: this network takes {config.condition_channels} channels of (T, H, W) = {tuple(sizes)}")
-        if (clip_BSC is None) != (config.image_dim is None):
-            needs = "none" if config.image_dim is None else f"(B, tokens, {config.image_dim})"
-            raise ValueError(f"clip is {'missing' if clip_BSC is None else tuple(clip_BSC.shape)}: this network takes {needs}")
-        if context_BSC.ndim != 3 or context_BSC.shape[0] != batch or context_BSC.shape[2] != config.text_dim:
-            raise ValueError(f"context has shape {tuple(context_BSC.shape)}: expected ({batch}, tokens, {config.text_dim})")
-        if tuple(timestep.shape) not in ((batch,), (batch, 1), (batch, t * h * w)):
-            raise ValueError(f"timestep has shape {tuple(timestep.shape)}: expected ({batch},) or ({batch}, {t * h * w})")
-        if tangents is not None:
-            if torch.is_inference_mode_enabled():
-                raise ValueError("tangents are lost under torch.inference_mode: use torch.no_grad")
-            if tangents[0].shape != x_BCTHW.shape or tangents[1].shape != timestep.shape:
-                shapes = f"{tuple(tangents[0].shape)}, {tuple(tangents[1].shape)}"
-                raise ValueError(f"tangents have shapes {shapes}: expected those of x and timestep")
-        if selection is not None and len(selection) != config.num_layers:
-            raise ValueError(f"selection lists {len(selection)} layers: this network has {config.num_layers}")
-        return (t, h, w)
 
 
 def _split_heads(x: Dual, num_heads: int) -> Dual:
