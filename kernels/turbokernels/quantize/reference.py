@@ -42,7 +42,8 @@ def rounded_rows(x_RK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def rounded_tiles(x_LK: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Int8 values of each block x block tile, as float32 (..., L, K), and float32 scales (..., T, U).
 
-    The last tiles may be ragged. scale = amax / 128 and values in -128..127: +amax saturates, as in published `-quant.pth` files.
+    The last tiles may be ragged. scale = amax / 128 and values in -128..127: +amax saturates, as in published
+    `-quant.pth` files.
     """
     n_rows, n_columns = x_LK.shape[-2:]
     padded_LK = F.pad(x_LK.float(), (0, -n_columns % block, 0, -n_rows % block))

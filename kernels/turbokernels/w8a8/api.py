@@ -62,7 +62,7 @@ def _check_weight(op: str, w_q: Tensor, w_scale: Tensor, scheme: str) -> None:
     if w_scale.dtype != torch.float32 or tuple(w_scale.shape) != expected:
         raise ValueError(
             f"{op}: the scale is {w_scale.dtype} {tuple(w_scale.shape)}; {scheme} expects float32 {expected} for "
-            f"a weight {tuple(w_q.shape)}: quantise with quantize_weight, and check that the scheme is the one it was made with"
+            f"a weight {tuple(w_q.shape)}: quantise with quantize_weight, and use the scheme it was made with"
         )
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 import torch
 from turbokernels.quantize.api import quantize_block, quantize_channel, quantize_token
 
 
-def half_even(value: Fraction) -> int:
-    return round(value)  # Python rounds fractions half to even
+def to_float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def exact_int8(row: list[float], divisor: int, low: int, high: int) -> list[int]:
-    """round(x / scale) with scale = amax / divisor as float32, in exact rational arithmetic."""
-    scale = Fraction(float(torch.tensor(max(map(abs, row))) / divisor)) or Fraction(1)
-    return [min(high, max(low, half_even(Fraction(x) / scale))) for x in row]
+    """round(x / scale), scale = amax / divisor: both quotients rounded to float32 (exact via float64), halves to even."""
+    scale = to_float32(max(map(abs, row)) / divisor)
+    return [min(high, max(low, round(to_float32(x / scale)))) for x in row]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,244 @@
+"""Linear layers with 8-bit weights and activations as modules, and their names in files (method.md section 7).
+
+A quantised network is a float one whose block linears were replaced: `prepare_quantized(model, state_dict)` makes
+the places that a quantised state dict fills, `load_state_dict(strict=True)` fills them, `dequantize_model` goes back.
+
+| in memory  | on disk                        | what                                                                      |
+|------------|--------------------------------|---------------------------------------------------------------------------|
+| X.weight_q | X.int8_weight or X.fp8_weight  | (N, K) int8 or float8_e4m3fn                                              |
+| X.scale    | X.scale                        | float32: (N,) per channel; (ceil(N / 128), ceil(K / 128)) per tile        |
+| X.bias     | X.bias                         | (N,), the source's dtype; absent without one                              |
+| X.smooth   | X.smooth                       | optional (K,) float32: divides the input before it is quantised           |
+
+Shape suffixes: N output features, K input features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from turbokernels.w8a8.api import (
+    WEIGHT_DTYPES,
+    check_scheme,
+    dequantize_weight,
+    quantize_weight,
+    scale_shape,
+    w8a8_linear,
+)
+
+from turbotrain.model.tangent import Linear
+
+DISK_SUFFIXES = {torch.int8: ".int8_weight", torch.float8_e4m3fn: ".fp8_weight"}
+# SmoothQuant vectors that a block applies in its modulation, and the linears whose columns were multiplied by them.
+BLOCK_VECTORS = {"smooth_attn": ("self_attn.q", "self_attn.k", "self_attn.v"), "smooth_ffn": ("ffn.0",)}
+
+
+class QuantLinear(nn.Module):
+    """y = W8A8(x / smooth) + bias, in x's dtype; x (..., K), y (..., N). Inference only: no gradient, no tangent.
+
+    The constructor leaves the values uninitialised, for loading (any device, meta included); `from_linear` quantises.
+    Casting the model (`.to(dtype)`) casts the bias alone: scales, `smooth` and 8-bit values are what they are.
+    Errors: ValueError for an unknown scheme; see `w8a8_linear` for the forward pass.
+    """
+
+    weight_q: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    smooth: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: str,
+        *,
+        bias: bool = True,
+        smooth: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_scheme("QuantLinear", scheme)
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        weight_q = torch.empty(out_features, in_features, dtype=WEIGHT_DTYPES[scheme], device=device)
+        scale = torch.empty(scale_shape(scheme, out_features, in_features), dtype=torch.float32, device=device)
+        self.register_buffer("weight_q", weight_q)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", torch.empty(out_features, device=device, dtype=dtype) if bias else None)
+        self.register_buffer("smooth", torch.empty(in_features, device=device) if smooth else None)
+
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, linear: nn.Linear, scheme: str, smooth_K: Tensor | None = None) -> QuantLinear:
+        """Quantise a float linear. With `smooth_K`, its weight's columns are multiplied by the vector that divides
+        the input.
+        """
+        weight_NK = linear.weight.float()
+        if smooth_K is not None:
+            smooth_K = smooth_K.float().to(weight_NK.device)
+            weight_NK = weight_NK * smooth_K
+        layer = cls(linear.in_features, linear.out_features, scheme, bias=False, device="meta")
+        layer.weight_q, layer.scale = quantize_weight(weight_NK, scheme)
+        layer.bias = None if linear.bias is None else linear.bias.detach().clone()
+        layer.smooth = smooth_K
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.smooth is None:
+            return w8a8_linear(x, self.weight_q, self.scale, self.bias, self.scheme)
+        # Divided in float32, so that a bf16 x is not rounded once more before its quantisation.
+        return w8a8_linear(x.float() / self.smooth, self.weight_q, self.scale, self.bias, self.scheme).to(x.dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight (N, K) that this layer stands for; `smooth` is folded back into it."""
+        weight_NK = dequantize_weight(self.weight_q, self.scale, self.scheme)
+        return (weight_NK if self.smooth is None else weight_NK / self.smooth).to(dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}, "
+            f"bias={self.bias is not None}, smooth={self.smooth is not None}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        bias = self.bias
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+def replace_linears(model: nn.Module, layers: Mapping[str, str], smoothed: Collection[str] = ()) -> nn.Module:
+    """Put an empty QuantLinear in the place of each named linear, in place; `smoothed` are the names with a `smooth`
+    vector.
+
+    layers: {module name: scheme}. Device and the bias' presence and dtype follow the linear that is replaced.
+    Errors: ValueError for a name that is not a linear of the model, or a smoothed one that is not among the layers.
+    """
+    stray = sorted(set(smoothed) - set(layers))
+    if stray:
+        raise ValueError(
+            f"replace_linears: {', '.join(stray)} have a smooth vector but no scheme; add them to the layers"
+        )
+    modules = dict(model.named_modules())
+    for name, scheme in layers.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            found = "nothing of that name" if linear is None else type(linear).__name__
+            raise ValueError(
+                f"replace_linears: {name!r} should be a linear layer, but the model has {found}; "
+                "check that the checkpoint belongs to this variant"
+            )
+        has_bias, weight = linear.bias is not None, linear.weight
+        empty = QuantLinear(
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            bias=has_bias,
+            smooth=name in smoothed,
+            device=weight.device,
+            dtype=linear.bias.dtype if has_bias else None,
+        )
+        model.set_submodule(name, empty.train(linear.training))
+    return model
+
+
+def to_disk_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict with the names of files: X.weight_q becomes X.int8_weight or X.fp8_weight; every other key stays."""
+    return {
+        key[: -len(".weight_q")] + DISK_SUFFIXES[tensor.dtype] if key.endswith(".weight_q") else key: tensor
+        for key, tensor in state_dict.items()
+    }
+
+
+def from_disk_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_disk_names`. Errors: ValueError for a weight whose dtype is not what its name says."""
+    named: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        for dtype, suffix in DISK_SUFFIXES.items():
+            if key.endswith(suffix):
+                if tensor.dtype != dtype:
+                    raise ValueError(
+                        f"{key} has dtype {tensor.dtype}; its name says {dtype}: the file is damaged or mislabelled"
+                    )
+                key = key[: -len(suffix)] + ".weight_q"
+        named[key] = tensor
+    return named
+
+
+def quantized_layers(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, str], set[str]]:
+    """({module name: scheme}, names with a `smooth` vector) of a state dict with in-memory names; both empty for a
+    float one.
+
+    The scheme follows from the weight's dtype and the scale's rank, so that published files need no metadata.
+    Errors: ValueError for a missing scale, or one whose shape fits no scheme.
+    """
+    layers: dict[str, str] = {}
+    for key, weight_q in state_dict.items():
+        if not key.endswith(".weight_q"):
+            continue
+        name = key[: -len(".weight_q")]
+        scale = state_dict.get(f"{name}.scale")
+        if scale is None:
+            raise ValueError(f"{name}: the 8-bit weight has no {name}.scale beside it; the file is incomplete")
+        tiled = weight_q.dtype == torch.int8 and scale.ndim == 2
+        scheme = (
+            "fp8_channel" if weight_q.dtype == torch.float8_e4m3fn else "int8_block128" if tiled else "int8_channel"
+        )
+        expected = scale_shape(scheme, *weight_q.shape)
+        if tuple(scale.shape) != expected:
+            raise ValueError(
+                f"{name}.scale has shape {tuple(scale.shape)}; a {tuple(weight_q.shape)} weight in {scheme} has {expected}"
+            )
+        layers[name] = scheme
+    return layers, {name for name in layers if f"{name}.smooth" in state_dict}
+
+
+def prepare_quantized(model: nn.Module, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Make, in place, the empty modules and vectors that a quantised state dict (in-memory names) fills by a strict
+    load.
+
+    A float state dict leaves the model as it is. Errors: ValueError as in `replace_linears` and `quantized_layers`.
+    """
+    replace_linears(model, *quantized_layers(state_dict))
+    for key, tensor in state_dict.items():
+        prefix, _, vector = key.rpartition(".")
+        if vector in BLOCK_VECTORS:
+            device = next(model.get_submodule(prefix).parameters()).device
+            setattr(model.get_submodule(prefix), vector, torch.empty_like(tensor, device=device))
+    return model
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn every QuantLinear back into a float linear, in place; the blocks' smoothing vectors are folded back as well.
+
+    dtype: of the new weights; by default the dtype of the layer's bias, or float32 without one.
+    """
+    for block in list(model.modules()):
+        for vector, names in BLOCK_VECTORS.items():
+            smooth_K = getattr(block, vector, None)
+            if smooth_K is None:
+                continue
+            for name in names:
+                linear = block.get_submodule(name)
+                if isinstance(linear, QuantLinear):
+                    linear.smooth = smooth_K if linear.smooth is None else linear.smooth * smooth_K
+                else:
+                    weight: Any = linear.weight
+                    weight.copy_(weight.float() / smooth_K)
+            setattr(block, vector, None)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            target = dtype or (torch.float32 if layer.bias is None else layer.bias.dtype)
+            linear = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(layer.dequantize(target))
+            if layer.bias is not None:
+                linear.bias = nn.Parameter(layer.bias.detach().to(target))
+            model.set_submodule(name, linear.train(layer.training))
+    return model
