@@ -6,6 +6,7 @@ to disk and renamed: a killed process or a full disk leaves the old state or the
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import io
 import json
@@ -13,6 +14,7 @@ import logging
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -298,18 +300,32 @@ def _swap(new: Path, folder: Path) -> None:
     """Put `new` in the place of `folder`. An old folder that holds more than a checkpoint is kept beside it."""
     if not folder.exists():
         os.rename(new, folder)
-    else:
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent)) / folder.name
+        _sync(folder.parent)
+        return
+    old = new  # after an exchange the old content has the new one's name
+    if not _exchange(new, folder):
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
         os.rename(folder, old)
         try:
             os.rename(new, folder)
         except OSError:
             os.rename(old, folder)
             raise
-        ours = {file.name for file in folder.iterdir()}
-        strangers = [file.name for file in old.iterdir() if file.name not in ours and not file.name.startswith("model")]
-        if strangers:
-            logger.warning("%s: replaced; its other files (%s) are now in %s", folder, ", ".join(strangers), old)
-        else:
-            shutil.rmtree(old.parent)
     _sync(folder.parent)
+    ours = {file.name for file in folder.iterdir()}
+    strangers = [file.name for file in old.iterdir() if file.name not in ours and not file.name.startswith("model")]
+    if strangers:
+        kept = Path(tempfile.mkdtemp(prefix=f"{folder.name}.replaced.", dir=folder.parent))
+        os.rename(old, kept)
+        logger.warning("%s: replaced; its other files (%s) are now in %s", folder, ", ".join(strangers), kept)
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step, so that no kill can fall between; False where the system cannot (renameat2 of Linux)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return rename is not None and rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
