@@ -12,7 +12,9 @@ def to_float32(value: float) -> float:
 
 
 def exact_int8(row: list[float], divisor: int, low: int, high: int) -> list[int]:
-    """round(x / scale), scale = amax / divisor: both quotients rounded to float32 (exact via float64), halves to even."""
+    """round(x / scale), scale = amax / divisor: both quotients rounded to float32 (exact via float64), halves to
+    even.
+    """
     scale = to_float32(max(map(abs, row)) / divisor)
     return [min(high, max(low, round(to_float32(x / scale)))) for x in row]
 

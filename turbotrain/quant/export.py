@@ -1,0 +1,115 @@
+"""From a float transformer to a quantised one, with the metadata of its checkpoint and the report of what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turbotrain.model.quant_linear import QuantLinear
+from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose, sqnr_db
+from turbotrain.quant.observe import ForwardCall, observe
+from turbotrain.quant.sites import fold, model_sites
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """layers: every block linear. latent_errors: |quantised - float| / |float| of each held-out call's output."""
+
+    scheme: str
+    layers: list[LayerReport]
+    latent_errors: list[float]
+
+    def metadata(self) -> dict[str, Any]:
+        """The `quantization` entry of a checkpoint's metadata: {"scheme", "layers", "kept_float", "latent_error"}.
+
+        layers: {name: {"scheme", "alpha", "sqnr_db"}} of the quantised linears; kept_float: {name: reason}.
+        """
+        return {
+            "scheme": self.scheme,
+            "layers": {
+                layer.name: {"scheme": layer.scheme, "alpha": layer.alpha, "sqnr_db": round(layer.sqnr_db, 2)}
+                for layer in self.layers
+                if layer.kept_float is None
+            },
+            "kept_float": {layer.name: layer.kept_float for layer in self.layers if layer.kept_float is not None},
+            "latent_error": self.mean_latent_error,
+        }
+
+    @property
+    def mean_latent_error(self) -> float | None:
+        """Mean relative error over the held-out calls; None without any."""
+        return statistics.fmean(self.latent_errors) if self.latent_errors else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for report.json: {"scheme", "layers": [...], "latent_errors": [...], "latent_error",
+        "latent_sqnr_db"}.
+        """
+        error = self.mean_latent_error
+        return {
+            "scheme": self.scheme,
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "latent_errors": self.latent_errors,
+            "latent_error": error,
+            "latent_sqnr_db": None if error is None else sqnr_db(statistics.fmean(e * e for e in self.latent_errors)),
+        }
+
+
+@torch.no_grad()
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Fold the plan's vectors and put QuantLinear in the place of every linear that it quantises, in place."""
+    quantised = {layer.name for layer in plan.layers if layer.kept_float is None}
+    sites = list(model_sites(model))
+    for block_name, block, site in sites:
+        vector = plan.vectors.get(f"{block_name}.{site.linears[0]}")
+        if vector is not None and site.fold != "layer":
+            fold(block, site, vector)
+    # After every fold: o's changes the rows of v.
+    for block_name, block, site in sites:
+        for name in site.linears:
+            if f"{block_name}.{name}" not in quantised:
+                continue
+            vector = plan.vectors.get(f"{block_name}.{name}") if site.fold == "layer" else None
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            block.set_submodule(name, QuantLinear.from_linear(linear, plan.scheme, vector))
+    return model
+
+
+def latent_error(value: Tensor, reference: Tensor) -> float:
+    """|value - reference| / |reference|, in float64."""
+    difference = (value.double() - reference.double()).norm()
+    return float(difference / reference.double().norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+@torch.no_grad()
+def quantize_transformer(
+    model: nn.Module,
+    calls: Iterable[ForwardCall],
+    held_out: Sequence[ForwardCall] = (),
+    *,
+    scheme: str = "int8_channel",
+    alphas: Sequence[float] = DEFAULT_ALPHAS,
+    min_sqnr_db: float = 0.0,
+    max_rows: int = 256,
+    seed: int = 0,
+) -> QuantizationReport:
+    """Calibrate and quantise every block linear of a WanTransformer except P, in place; the report says what was done.
+
+    calls: run the model on calibration prompts, through the sampler's own steps: each takes the model. held_out:
+    calls on other prompts that return the latent; run before and after, they give the end-to-end error. alphas:
+    SmoothQuant exponents to try, () for none. min_sqnr_db: a linear whose output stays below it is kept in float.
+    max_rows: inputs sampled per linear.
+    Errors: ValueError from calibration (see `observe`, `choose`). The model is unchanged if one is raised.
+    Source: method.md section 7; SmoothQuant, arXiv 2211.10438.
+    """
+    references = [call(model) for call in held_out]
+    plan = choose(model, observe(model, calls, max_rows, seed), scheme, alphas, min_sqnr_db)
+    apply_plan(model, plan)
+    errors = [latent_error(call(model), reference) for call, reference in zip(held_out, references)]
+    return QuantizationReport(scheme, plan.layers, errors)
