@@ -5,52 +5,58 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from quant_networks import SLA, forward_calls, network, plant_outliers, relative
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from turbokernels.w8a8.api import SCHEMES
 
-from turbotrain.model.quant_linear import (
-    QuantLinear,
-    dequantize_model,
-    from_disk_names,
-    prepare_quantized,
-    to_disk_names,
-)
+from turbotrain.checkpoint import CheckpointMeta, CheckpointProblem, load_transformer, read_meta, save_checkpoint
+from turbotrain.model.quant_linear import QuantLinear, dequantize_model
 from turbotrain.model.wan import WanTransformer
 from turbotrain.quant import quantize_transformer
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@torch.no_grad()
-def test_reload_from_safetensors_gives_the_same_latents(scheme: str, tmp_path: Path) -> None:
-    model = plant_outliers(network(SLA))
-    quantize_transformer(model, forward_calls(3), scheme=scheme)
-    save_file(to_disk_names(model.state_dict()), tmp_path / "model.safetensors")
+def save(model: WanTransformer, quantization: dict[str, Any], folder: Path, drop: str = "") -> Path:
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != drop}
+    meta = CheckpointMeta(
+        config=model.config.to_dict(), attention=model.attention_config.to_dict(), quantization=quantization
+    )
+    save_checkpoint(folder, state, meta)
+    return folder
 
-    state = from_disk_names(load_file(tmp_path / "model.safetensors"))
-    with torch.device("meta"):
-        reloaded = WanTransformer(model.config, model.attention_config)
-    prepare_quantized(reloaded, state).load_state_dict(state, strict=True, assign=True)
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_reload_gives_the_same_latents(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = plant_outliers(network(SLA)).set_weight_dtype(dtype)
+    report = quantize_transformer(model, forward_calls(3), scheme=scheme, min_sqnr_db=32.0)
+    folder = save(model, report.metadata(), tmp_path / "turbo")
+    names = set(load_file(folder / "model.safetensors"))
+    suffix = "fp8_weight" if scheme == "fp8_channel" else "int8_weight"
+    assert {name for name in names if name.endswith("8_weight")} == {
+        f"{layer.name}.{suffix}" for layer in report.layers if layer.kept_float is None
+    }
+
+    reloaded = load_transformer(folder)
     assert {name: type(module) for name, module in reloaded.named_modules()} == {
         name: type(module) for name, module in model.named_modules()
     }
     for call in forward_calls(2, seed=5):
         assert torch.equal(call(reloaded), call(model))
+    assert read_meta(folder).quantization == report.metadata()
 
 
-@torch.no_grad()
-def test_a_file_that_lacks_a_vector_or_a_scale_is_refused() -> None:
+@pytest.mark.parametrize("drop", ["blocks.1.ffn.2.scale", "blocks.0.self_attn.q.bias"])
+def test_an_incomplete_file_is_refused(drop: str, tmp_path: Path) -> None:
     model = plant_outliers(network(SLA))
-    quantize_transformer(model, forward_calls(3))
-    state = model.state_dict()
-    prepared = prepare_quantized(WanTransformer(model.config, model.attention_config), state)
-    for missing in ("blocks.0.smooth_attn", "blocks.1.ffn.2.smooth", "blocks.0.self_attn.q.bias"):
-        with pytest.raises(RuntimeError, match=missing):
-            prepared.load_state_dict({name: tensor for name, tensor in state.items() if name != missing}, strict=True)
+    report = quantize_transformer(model, forward_calls(3))
+    with pytest.raises(CheckpointProblem, match=drop):
+        load_transformer(save(model, report.metadata(), tmp_path / "turbo", drop))
 
 
 def test_metadata_is_json_and_names_every_layer() -> None:
