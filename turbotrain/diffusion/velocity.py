@@ -36,6 +36,7 @@ class Velocity(Protocol):
         self,
         x_s_BE: Tensor,
         timestep_B: Tensor,
+        /,
         *,
         tangents: Tangents | None = None,
         selection: Any = None,
