@@ -3,8 +3,8 @@
 Wan 2.1 I2V and 2.2 I2V-A14B: mask and latent of the padded clip, concatenated to the noisy latent (2.1 also CLIP tokens). 2.2
 TI2V-5B: the latent of the first frame itself, clean, with timestep 0 on its tokens.
 
-Shapes: B videos, C latent channels, T latent frames, H, W latent height and width; L image tokens, D their width; images are uint8
-(height, width, 3).
+Shapes: B videos, C latent channels, T latent frames, H, W latent height and width; L image tokens, D their width; images are
+uint8 (height, width, 3).
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Conditioning:
         """Puts the clean frames back: what the network says about them means nothing."""
         if self.clean_BCTHW is None or self.clean_frames_BT is None:
             return latents_BCTHW
-        return torch.where(self.clean_frames_BT[:, None, :, None, None], self.clean_BCTHW.to(latents_BCTHW), latents_BCTHW)
+        return torch.where(
+            self.clean_frames_BT[:, None, :, None, None], self.clean_BCTHW.to(latents_BCTHW), latents_BCTHW
+        )
 
 
 def condition_on_image(
@@ -73,7 +75,7 @@ def condition_on_image(
         components: resolved places; `image_encoder` is needed by networks with CLIP tokens.
 
     Raises:
-        ValueError: an image for a text-to-video variant, no image for an image-to-video one, no image encoder where one is needed.
+        ValueError: an image for a text-to-video variant, none for an image-to-video one, no image encoder where one is needed.
     """
     kind = variant.config.model_type
     if image is None:
@@ -136,7 +138,8 @@ def clip_tokens(place: str, picture: Image.Image, device: str | torch.device) ->
     """(1, L, D) tokens before the last layer of a CLIP vision tower (transformers layout)."""
     from transformers import CLIPImageProcessor, CLIPVisionModel  # seconds to import: only i2v with CLIP pays for it
 
-    encoder = CLIPVisionModel.from_pretrained(place).to(device).eval()
+    encoder = CLIPVisionModel.from_pretrained(place).eval()
+    encoder.to(device=torch.device(device))  # type: ignore[call-arg]  # transformers' own stub
     pixels = CLIPImageProcessor.from_pretrained(place)(images=picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         hidden = encoder(pixels.to(device, encoder.dtype), output_hidden_states=True).hidden_states

@@ -21,7 +21,7 @@ from turbotrain.compose import UsageError, compose, reject
 from turbotrain.model.variants import VARIANTS, Variant, variants_with
 
 MODES = ("generate", "evaluate", "benchmark")
-SAMPLERS = ("turbo", "teacher")
+SAMPLINGS = ("turbo", "teacher")
 SOLVERS = ("unipc", "euler")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OUTPUT_SUFFIXES = (".mp4", ".gif", ".png", ".webp")
@@ -32,8 +32,6 @@ _ROOM_BYTES = 1 << 20
 
 
 def _help(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -46,10 +44,10 @@ class InferConfig:
     image: str = _help("", "first frame, for i2v and ti2v variants")
     output: str = _help("out.mp4", "file to write; suffix .mp4, .gif, .webp or .png; several videos get numbered names")
     mode: str = _help("generate", "generate | evaluate | benchmark")
-    sampler: str = _help("turbo", "turbo (1 to 4 steps, no guidance) | teacher (many steps, guidance)")
+    sampling: str = _help("turbo", "turbo (1 to 4 steps, no guidance) | teacher (many steps, guidance)")
     steps: int | None = _help(None, "network evaluations; default 4 (turbo) or the variant's own (teacher)")
     seed: int = _help(0, "video j of a run uses seed + j")
-    seeds: list[int] = _help([], "several seeds for every prompt, instead of seed")
+    seeds: list[int] = field(default_factory=list, metadata={"help": "several seeds for every prompt, instead of seed"})
     solver: str = _help("unipc", "teacher sampler: unipc | euler")
     guidance: float | None = _help(None, "teacher sampler: guidance scale; default: the variant's own")
     shift: float | None = _help(None, "teacher sampler: time shift; default: the variant's own")
@@ -127,7 +125,7 @@ def prepare(override: str) -> str:
 def check(config: InferConfig) -> Request:
     """Every check that needs no network: choices, ranges, files, the checkpoint's header, the device, room for the output."""
     _choice("mode", config.mode, MODES)
-    _choice("sampler", config.sampler, SAMPLERS)
+    _choice("sampling", config.sampling, SAMPLINGS)
     _choice("solver", config.solver, SOLVERS)
     _choice("dtype", config.dtype, DTYPES)
     _check_numbers(config)
@@ -148,9 +146,9 @@ def check(config: InferConfig) -> Request:
 
 
 def _check_numbers(config: InferConfig) -> None:
-    most = MAX_TURBO_STEPS if config.sampler == "turbo" else 1000
+    most = MAX_TURBO_STEPS if config.sampling == "turbo" else 1000
     if config.steps is not None and not 1 <= config.steps <= most:
-        hint = "the Turbo sampler takes 1 to 4; sampler=teacher takes more" if most == MAX_TURBO_STEPS else "1 to 1000"
+        hint = "the Turbo sampler takes 1 to 4; sampling=teacher takes more" if most == MAX_TURBO_STEPS else "1 to 1000"
         reject("steps", config.steps, hint)
     if config.teacher_steps is not None and not 1 <= config.teacher_steps <= 1000:
         reject("teacher_steps", config.teacher_steps, "1 to 1000")
@@ -171,20 +169,26 @@ def _check_numbers(config: InferConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             reject(name, value, "at least 1")
-    if config.sampler == "turbo":
+    if config.sampling == "turbo":
         for name in ("guidance", "shift", "negative_prompt"):
             if getattr(config, name) is not None:
-                reject(name, getattr(config, name), "is for sampler=teacher; the Turbo sampler has no guidance and its own times")
+                reject(
+                    name,
+                    getattr(config, name),
+                    "is for sampling=teacher; the Turbo sampler has no guidance and its own times",
+                )
     else:
         for name in ("ode", "sigma_max"):
             if getattr(config, name) is not None:
-                reject(name, getattr(config, name), "is for sampler=turbo")
+                reject(name, getattr(config, name), "is for sampling=turbo")
 
 
 def _read_prompts(config: InferConfig) -> list[str]:
     if config.mode == "evaluate":
         if config.prompt or config.prompts:
-            reject("prompt", config.prompt or config.prompts, "mode=evaluate brings its own held-out prompts; leave it out")
+            reject(
+                "prompt", config.prompt or config.prompts, "mode=evaluate brings its own held-out prompts; leave it out"
+            )
         return []
     if config.prompt and config.prompts:
         reject("prompts", config.prompts, "use prompt or prompts, not both")
@@ -216,7 +220,11 @@ def _check_variant(config: InferConfig, glimpse: Glimpse) -> Variant | None:
     """The variant that metadata, the user or the tensors' shapes name; None for a pickle that nobody named."""
     named = glimpse.metadata.get("variant") if glimpse.metadata else None
     if config.variant is not None and named and named != config.variant:
-        reject("variant", config.variant, f"the checkpoint says it is {named!r}; leave variant out or use that one's checkpoint")
+        reject(
+            "variant",
+            config.variant,
+            f"the checkpoint says it is {named!r}; leave variant out or use that one's checkpoint",
+        )
     name = named or config.variant
     if not name and glimpse.shapes and not glimpse.metadata:
         names = layouts.native_names(glimpse.shapes, config.checkpoint)
@@ -251,11 +259,17 @@ def _check_image(config: InferConfig, variant: Variant | None) -> None:
     needs = variant is not None and variant.config.model_type == "i2v"
     takes = variant is None or variant.config.model_type in ("i2v", "ti2v")
     if config.image and not takes:
-        reject("image", config.image, f"image input needs an i2v variant; this checkpoint is {variant.name if variant else '?'}")
+        reject(
+            "image",
+            config.image,
+            f"image input needs an i2v variant; this checkpoint is {variant.name if variant else '?'}",
+        )
     if config.image and not Path(config.image).expanduser().is_file():
         reject("image", config.image, "no such file; name an image file")
     if needs and not config.image and config.mode == "generate":
-        reject("image", config.image, f"variant {variant.name if variant else '?'} starts from an image: say image=PATH")
+        reject(
+            "image", config.image, f"variant {variant.name if variant else '?'} starts from an image: say image=PATH"
+        )
 
 
 def _check_device(device: str) -> None:
@@ -316,7 +330,8 @@ def probe_writable(name: str, target: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OSError(error.errno or 0, f"{name}={str(target)!r}: cannot write in {folder}: {reason}; choose another {name}") from error
+        message = f"{name}={str(target)!r}: cannot write in {folder}: {reason}; choose another {name}"
+        raise OSError(error.errno or 0, message) from error
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

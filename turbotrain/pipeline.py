@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,15 @@ from turbotrain.checkpoint.header import expert_folders
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.conditioning import Conditioning, condition_on_image, load_image, size_for_area
 from turbotrain.diffusion.guidance import guided, switch_experts
-from turbotrain.diffusion.samplers import TURBO_TIMES, Grid, Solver, draw_noise, sample_teacher, sample_turbo, seeded_generators
+from turbotrain.diffusion.samplers import (
+    TURBO_TIMES,
+    Grid,
+    Solver,
+    draw_noise,
+    sample_teacher,
+    sample_turbo,
+    seeded_generators,
+)
 from turbotrain.diffusion.velocity import Velocity, bind
 from turbotrain.model.variants import VARIANTS, Variant
 
@@ -133,7 +141,7 @@ class TurboPipeline:
         parts = {**meta.components, **{key: value for key, value in (components or {}).items() if value}}
         wanted = ["vae", "text_encoder", "tokenizer", *(["image_encoder"] if "image_encoder" in parts else [])]
         places = {key: find_component(key, parts, path) for key in wanted}
-        side_dtype = torch.float32 if place.type == "cpu" else dtype or torch.bfloat16
+        side_dtype = _network_dtype(None if place.type == "cpu" else dtype, replace(meta, quantization=None), place)
         codec = VideoCodec.from_pretrained(places["vae"], device=str(place), dtype=side_dtype)
         config = experts[0].config
         text_encoder = TextEncoder.from_pretrained(
@@ -201,7 +209,9 @@ class TurboPipeline:
         if image is not None and self.variant.config.model_type != "t2v":
             image = load_image(image)
             if height is None and width is None:
-                height, width = size_for_area(image, self.variant.height * self.variant.width, self.variant.size_multiple)
+                height, width = size_for_area(
+                    image, self.variant.height * self.variant.width, self.variant.size_multiple
+                )
         shape = self.latent_shape(frames, height, width)
         negative = default_negative_prompt(self.variant) if negative_prompt is None else negative_prompt
 
@@ -252,7 +262,9 @@ class TurboPipeline:
         for (name, value), unit in zip(sizes.items(), (stride_h * patch_h, stride_w * patch_w)):
             if value < 1 or value % unit:
                 below = max(unit, value // unit * unit)
-                raise ValueError(f"{name} = {value}: must be divisible by {unit}, for example {below} or {below + unit}")
+                raise ValueError(
+                    f"{name} = {value}: must be divisible by {unit}, for example {below} or {below + unit}"
+                )
         return (
             self.codec.latent_channels,
             (frames - 1) // stride_t + 1,
@@ -357,7 +369,11 @@ class TurboPipeline:
             velocity: Velocity = bind(expert, context_BLD, **conditioning.arguments)
             if negative_BLD is not None:
                 low_scale, high_scale = self.variant.cfg
-                scale = (high_scale if index == 0 and len(self.experts) > 1 else low_scale) if guidance is None else guidance
+                scale = (
+                    (high_scale if index == 0 and len(self.experts) > 1 else low_scale)
+                    if guidance is None
+                    else guidance
+                )
                 velocity = guided(velocity, bind(expert, negative_BLD, **conditioning.arguments), scale)
             velocities.append(velocity)
         if len(velocities) == 1:
@@ -403,7 +419,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if place.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (place.index or 0) >= count:
-            raise ValueError(f"device = {str(device)!r}: torch sees {count} CUDA device(s); use device=cpu or device=auto")
+            raise ValueError(
+                f"device = {str(device)!r}: torch sees {count} CUDA device(s); use device=cpu or device=auto"
+            )
     return place
 
 
@@ -415,10 +433,16 @@ def find_component(name: str, components: dict[str, str], checkpoint: Path) -> s
     """
     value = components.get(name)
     if not value:
-        raise ValueError(f"{checkpoint} names no {name}: say {name}=FOLDER (its metadata may record it when it is exported)")
+        raise ValueError(
+            f"{checkpoint} names no {name}: say {name}=FOLDER (its metadata may record it when it is exported)"
+        )
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     bases = [folder, folder / "high", folder.parent]
-    candidates = [Path(value).expanduser(), *(base / value for base in bases)] if not Path(value).is_absolute() else [Path(value)]
+    candidates = (
+        [Path(value).expanduser(), *(base / value for base in bases)]
+        if not Path(value).is_absolute()
+        else [Path(value)]
+    )
     # The checkpoint's own folder comes before the working directory: a stray ./vae must not win.
     for candidate in [*candidates[1:], candidates[0]]:
         if candidate.exists():

@@ -1,8 +1,8 @@
 """Fidelity between two clips and honest intervals for small samples.
 
 Shapes: T frames, H height, W width, C channels; clips are uint8 unless said. PSNR and SSIM follow their textbook definitions
-(SSIM: Wang et al. 2004, Gaussian window of 11 pixels and sigma 1.5, valid positions only, K1 = .01, K2 = .03, mean over channels).
-Intervals are percentile bootstraps: no shape of the distribution is assumed.
+(SSIM: Wang et al. 2004, Gaussian window of 11 pixels and sigma 1.5, valid positions only, K1 = .01, K2 = .03, mean over
+channels). Intervals are percentile bootstraps: no shape of the distribution is assumed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
         raise ValueError(f"frames of {a_THWC.shape[1]}x{a_THWC.shape[2]}: SSIM needs at least {_WINDOW} pixels a side")
     c1, c2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
     total = 0.0
-    for a_HWC, b_HWC in zip(a_THWC, b_THWC):  # frame by frame: five float64 planes of one frame are all that lives at a time
+    for a_HWC, b_HWC in zip(
+        a_THWC, b_THWC
+    ):  # frame by frame: five float64 planes of one frame are all that lives at a time
         a, b = a_HWC.astype(np.float64), b_HWC.astype(np.float64)
         mean_a, mean_b = _blur(a), _blur(b)
         var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
@@ -57,7 +59,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of a statistic (mean by default) of independent items; (nan, nan) without items.
 
     Args:
-        items: one entry a prompt: numbers for the mean, anything for a statistic of your own (paired tuples give paired intervals).
+        items: one entry a prompt: numbers for the mean, anything for a statistic of your own (tuples give paired intervals).
         resamples: draws with replacement; 1000 put about .4 percentage points of noise on the ends of a 95% interval.
     """
     count = len(items)
@@ -88,7 +90,8 @@ def _blur(plane_HWC: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         length = plane_HWC.shape[axis] - _WINDOW + 1
         plane_HWC = sum(
-            weight * np.take(plane_HWC, np.arange(start, start + length), axis=axis) for start, weight in enumerate(window)
+            weight * np.take(plane_HWC, np.arange(start, start + length), axis=axis)
+            for start, weight in enumerate(window)
         )  # type: ignore[assignment]  # sum() of arrays is an array
     return plane_HWC
 

@@ -30,8 +30,9 @@ _LOSSLESS_PIXELS = 1 << 20
 def write_video(path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: float = 16.0) -> list[Path]:
     """Writes a clip in the format that the suffix of `path` names; returns the files written.
 
-    `.mp4` is h264, yuv420p, with the index in front (odd sizes are padded by repeating the last row or column, because yuv420p has
-    no odd sizes); `.gif` and `.webp` are animated; `.png` is one file for one frame, else `name-0000.png`, `name-0001.png`, ...
+    `.mp4` is h264 in yuv420p with its index in front; odd sizes are padded by repeating the last row or column, because that
+    pixel format has even sizes only. `.gif` and `.webp` are animated. `.png` is one file for one frame, else `name-0000.png`,
+    `name-0001.png`, ...
 
     Raises:
         ValueError: an unknown suffix, or frames that are not uint8 (T, H, W, 3).
@@ -76,7 +77,9 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
 def check_suffix(path: Path) -> None:
     """Raises ValueError unless the suffix names a format that `write_video` knows."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"output = {str(path)!r}: suffix {path.suffix!r} names no format; use one of {', '.join(SUFFIXES)}")
+        raise ValueError(
+            f"output = {str(path)!r}: suffix {path.suffix!r} names no format; use one of {', '.join(SUFFIXES)}"
+        )
 
 
 def check_frames(frames_THWC: np.ndarray) -> np.ndarray:
@@ -85,7 +88,9 @@ def check_frames(frames_THWC: np.ndarray) -> np.ndarray:
     if frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3 or 0 in frames_THWC.shape:
         raise ValueError(f"frames have shape {tuple(frames_THWC.shape)}: expected (T, H, W, 3) with nothing empty")
     if frames_THWC.dtype != np.uint8:
-        raise ValueError(f"frames have dtype {frames_THWC.dtype}: expected uint8 (0 to 255); scale and round them first")
+        raise ValueError(
+            f"frames have dtype {frames_THWC.dtype}: expected uint8 (0 to 255); scale and round them first"
+        )
     return frames_THWC
 
 
@@ -110,7 +115,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:  # PyAV's FFmpegError is an OSError too where FFmpeg reports an errno
         reason = error.strerror or str(error)
         raise OSError(
-            error.errno or 0, f"cannot write {path}: {reason}; choose another output, or free space or permissions there"
+            error.errno or 0,
+            f"cannot write {path}: {reason}; choose another output, or free space or permissions there",
         ) from error
     finally:
         if temporary is not None:
@@ -123,6 +129,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
     return path
+
+
+def write_image(path: str | os.PathLike[str], image_HWC: np.ndarray) -> Path:
+    """Writes a uint8 (H, W, 3) image as PNG, whole or not at all. Raises OSError as `atomic_path` does."""
+    return write_bytes(path, png_bytes(image_HWC))
 
 
 def sample_frames(frames_THWC: np.ndarray, count: int) -> np.ndarray:
@@ -162,7 +173,7 @@ def contact_sheet(clips: Sequence[np.ndarray], count: int = 6, gap: int = 4, bac
 
 
 def png_bytes(image_HWC: np.ndarray) -> bytes:
-    """The image (H, W, 3) uint8 as a PNG file."""
+    """The image (H, W, 3), or (H, W, 4) with transparency, uint8, as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image_HWC)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -217,7 +228,7 @@ def _animation(frames_THWC: np.ndarray, fps: float, suffix: str) -> bytes:
 
 def _write_pngs(path: Path, frames_THWC: np.ndarray) -> list[Path]:
     if len(frames_THWC) == 1:
-        return [write_bytes(path, png_bytes(frames_THWC[0]))]
+        return [write_image(path, frames_THWC[0])]
     targets = [path.with_name(f"{path.stem}-{index:04d}{path.suffix}") for index in range(len(frames_THWC))]
     with contextlib.ExitStack() as stack:  # all are encoded before the first takes its name
         temporaries = [stack.enter_context(atomic_path(target)) for target in targets]

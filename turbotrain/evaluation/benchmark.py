@@ -1,0 +1,163 @@
+"""Where the time of one video goes: text, DiT steps, VAE, encoding; medians of repeats after warm-up, and peak memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from turbotrain.evaluation.video import write_video
+from turbotrain.pipeline import TurboPipeline
+
+PHASES = ("text", "dit_step", "dit", "vae", "encode", "total")
+
+
+def benchmark(
+    pipe: TurboPipeline,
+    prompt: str,
+    *,
+    steps: int | None = None,
+    mode: str = "turbo",
+    repeats: int = 5,
+    warmup: int = 1,
+    seed: int = 0,
+    fps: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Times one video, alone in its batch, phase by phase.
+
+    Args:
+        sampling: `frames`, `height`, `width` and other arguments of `TurboPipeline.sample`.
+        progress: called with (repeats done, repeats in all).
+
+    Returns:
+        {"phases": {name: {"median_s", "min_s", "max_s"}}, "settings", "peak_memory_bytes", "peak_memory_of", "environment"}.
+    """
+    size = {name: sampling.pop(name, None) for name in ("frames", "height", "width")}
+    shape = pipe.latent_shape(size["frames"], size["height"], size["width"])
+    samples: dict[str, list[float]] = {name: [] for name in PHASES}
+    on_cuda = pipe.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(pipe.device)
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        for repeat in range(warmup + repeats):
+            marks = [_now(pipe)]
+            step_marks = [marks[0]]
+            context_BLD = pipe.text_encoder.encode([prompt]).to(
+                pipe.device
+            )  # not through the pipeline, which would remember it
+            negative_BLD = pipe.encode_prompts([""]) if mode == "teacher" else None
+            marks.append(_now(pipe))
+            step_marks[0] = marks[-1]
+            latents_BCTHW = pipe.sample(
+                context_BLD,
+                [seed],
+                shape,
+                mode=mode,
+                steps=steps,
+                negative_BLD=negative_BLD,
+                callback=lambda _done, _total, at=step_marks: at.append(_now(pipe)),
+                **sampling,
+            )
+            marks.append(_now(pipe))
+            frames_THWC = pipe.decode(latents_BCTHW)[0]
+            marks.append(_now(pipe))
+            write_video(Path(folder) / "video.mp4", frames_THWC, fps or pipe.variant.fps)
+            marks.append(_now(pipe))
+            if repeat >= warmup:
+                for name, start, end in zip(("text", "dit", "vae", "encode"), marks, marks[1:]):
+                    samples[name].append(end - start)
+                samples["dit_step"] += [end - start for start, end in pairwise(step_marks)]
+                samples["total"].append(marks[-1] - marks[0])
+            if progress is not None:
+                progress(repeat + 1, warmup + repeats)
+    return {
+        "phases": {
+            name: {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
+            for name, values in samples.items()
+        },
+        "settings": {
+            "variant": pipe.variant.name,
+            "mode": mode,
+            "steps": len(step_marks) - 1,
+            "latent_shape": list(shape),
+            "video_shape": list(frames_THWC.shape),
+            "repeats": repeats,
+            "warmup": warmup,
+        },
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(pipe.device) if on_cuda else peak_rss_bytes(),
+        "peak_memory_of": "tensors on the GPU" if on_cuda else "the whole process, loading included",
+        "environment": environment(pipe.device),
+    }
+
+
+def print_benchmark(result: dict[str, Any], console: Console | None = None) -> None:
+    """The result of `benchmark` as a table."""
+    settings = result["settings"]
+    shape = "x".join(str(size) for size in settings["video_shape"][:3])
+    table = Table(title=f"{settings['variant']}, {settings['mode']}, {settings['steps']} steps, {shape}")
+    table.add_column("phase")
+    for name in ("median", "min", "max"):
+        table.add_column(name, justify="right")
+    for phase, row in result["phases"].items():
+        table.add_row(phase.replace("_", " "), *(_seconds(row[f"{name}_s"]) for name in ("median", "min", "max")))
+    console = console or Console()
+    console.print(table)
+    console.print(f"peak memory of {result['peak_memory_of']}: {result['peak_memory_bytes'] / 2**20:,.0f} MiB")
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a number depends on besides the code: device, threads, versions."""
+    device = torch.device(device)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+    }
+    for package in ("turbotrain", "torch", "triton", "diffusers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident size this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _now(pipe: TurboPipeline) -> float:
+    pipe.synchronize()
+    return time.perf_counter()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

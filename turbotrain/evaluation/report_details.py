@@ -1,0 +1,155 @@
+"""The supporting sections of report.html: training curves, quantization, lineage, and how things were measured."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from typing import Any
+
+from turbotrain.evaluation.charts import Series, curve_chart, dot_grid
+from turbotrain.evaluation.report_html import duration, esc, is_number, number, size, table
+from turbotrain.evaluation.run_data import RunData, StageData
+
+# Terms of the rCM stage are logged under their own names; other stages have one loss.
+TERMS = {
+    "scm": ("consistency (scm)", "rcm"),
+    "dcm": ("consistency (dcm)", "rcm"),
+    "dmd": ("score (dmd)", "sla"),
+    "critic": ("critic", "critic"),
+}
+UNQUANTIZED = ("bf16", "bfloat16", "float", "none", "kept")
+_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.(.+)$")
+MEASURES = {
+    "Accuracy": "Mean over prompts of the fraction of captioned attributes that the judge reads right from the pixels.",
+    "Shuffled captions": "The same videos judged against other prompts’ captions: what guessing would score.",
+    "Coverage": "exp(entropy of the start positions over a 4×4 grid) / 16, from clips whose shape and colour are right: "
+    "what captions leave free stays free.",
+    "Latency": "One video, from text embedding to frames, median of warm repeats; encoding the file is not counted.",
+    "Interval": "95%, percentile bootstrap over prompts; ratios are bootstrapped in pairs.",
+}
+
+
+def training(run: RunData) -> str:
+    figures: list[str] = []
+    for stage in run.stages:
+        terms_found = [term for term in TERMS if sum(is_number(row.get(term)) for row in stage.metrics) > 1]
+        for term in terms_found or ["loss"]:
+            rows = [row for row in stage.metrics if is_number(row.get(term))]
+            if len(rows) < 2:
+                continue
+            name, css = TERMS.get(term, (term, "sla" if stage.name == "sla" else "turbo"))
+            series = Series(name, css, [row["step"] for row in rows], [row[term] for row in rows])
+            chart = curve_chart([series], y_label=name)
+            title = stage.name if term == "loss" else f"{stage.name}: {name}"
+            figures.append(f"<figure><h3>{esc(title)}</h3>{chart}</figure>")
+    if not figures:
+        return ""
+    return (
+        f'<h2>Training</h2><div class="trio">{"".join(figures)}</div><p class="note">Faint: every step; line: moving average. '
+        "The consistency loss has a floor by construction (its target is the student itself plus a normalised tangent): "
+        "its level says little.</p>"
+    )
+
+
+def quantization(run: RunData) -> str:
+    layers = quantized_layers(run.quantization)
+    if not layers:
+        return ""
+    kinds = list(dict.fromkeys(kind for _, kind, _ in layers))
+    blocks = sorted({block for block, _, _ in layers})
+    measured = [(block, kind, entry["sqnr_db"]) for block, kind, entry in layers if is_number(entry["sqnr_db"])]
+    values = {(kinds.index(kind), blocks.index(block)): sqnr for block, kind, sqnr in measured}
+    chart = dot_grid([f"block {block}" for block in blocks], kinds, values, "dB")
+    lines = [
+        f'<tr><td class="mono">{esc(entry["name"])}</td><td class="left">{esc(entry.get("scheme", ""))}</td>'
+        f"<td>{number(entry.get('alpha'), 2)}</td><td>{number(entry['sqnr_db'], 1)}</td></tr>"
+        for _, _, entry in layers
+    ]
+    every = table(["Layer", "Scheme", "SmoothQuant α", "SQNR, dB"], lines, left=[1])
+    return (
+        f"<h2>Quantization</h2><p>{quantization_summary(run.quantization, layers)}</p>"
+        f'<figure class="medium">{chart}<figcaption><b>Output signal to quantization noise,</b> one dot a layer, by kind of '
+        f"linear. Higher is better.</figcaption></figure><details><summary>Every layer</summary>{every}</details>"
+    )
+
+
+def quantization_summary(report: dict[str, Any], layers: list[tuple[int, str, dict[str, Any]]]) -> str:
+    """One sentence: how many layers, how good, how many left alone, what it does to latents."""
+    sqnrs = [entry["sqnr_db"] for _, _, entry in layers if is_number(entry["sqnr_db"])]
+    kept = sum(str(entry.get("scheme", "")).lower().startswith(UNQUANTIZED) for _, _, entry in layers)
+    parts = [f"{len(layers)} linears"]
+    if sqnrs:
+        parts.append(f"SQNR {statistics.median(sqnrs):.1f} dB in the median, {min(sqnrs):.1f} dB at the lowest")
+    if kept:
+        parts.append(f"{kept} left unquantized")
+    error = next(
+        (report[name] for name in ("latent_error", "latent_relative_error") if is_number(report.get(name))), None
+    )
+    if error is not None:
+        parts.append(f"latents on held-out prompts differ from the unquantized model’s by {100 * error:.2f}%")
+    return "; ".join(parts) + "."
+
+
+def quantized_layers(report: dict[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
+    """(block, kind, entry) of every layer; `layers` may be a list of entries or a mapping by name."""
+    layers = report.get("layers") or []
+    entries = [{"name": name, **entry} for name, entry in layers.items()] if isinstance(layers, dict) else list(layers)
+    found: list[tuple[int, str, dict[str, Any]]] = []
+    for entry in entries:
+        name = str(entry.get("name") or entry.get("layer") or "")
+        match = _LAYER.search(name)
+        block, kind = (int(match.group(1)), match.group(2)) if match else (0, name)
+        sqnr = entry.get("sqnr_db", entry.get("sqnr"))
+        found.append((block, kind.replace("_attn", ""), {**entry, "name": name, "sqnr_db": sqnr}))
+    return found
+
+
+def lineage(run: RunData) -> str:
+    if not run.stages:
+        return ""
+    chips = [f"<li>{esc(stage.name)}<small>{esc(stage_summary(stage))}</small></li>" for stage in run.stages]
+    flow = '<li class="arrow">→</li>'.join(chips)
+    heads = ["Stage", "Status", "Steps", "Time", "Peak memory", "Inputs (SHA-256)", "Commit", "torch"]
+    rows = table(heads, [lineage_row(stage) for stage in run.stages], left=[1, 5, 6, 7])
+    return (
+        f'<h2>Lineage</h2><ul class="flow">{flow}</ul>{rows}<p class="note">Each stage records the hash of every input, its '
+        "settings, commit and versions; all settings are in config.yaml beside this file.</p>"
+    )
+
+
+def lineage_row(stage: StageData) -> str:
+    record = stage.record
+    environment = record.get("environment") or {}
+    fingerprint = record.get("fingerprint") or {}
+    inputs = {key.removeprefix("input/"): str(value) for key, value in fingerprint.items() if key.startswith("input/")}
+    hashes = "<br>".join(
+        f'{esc(role)} <span class="mono" title="{esc(value)}">{esc(value[:10])}</span>'
+        for role, value in inputs.items()
+    )
+    memory, status = record.get("peak_memory_bytes"), str(record.get("status", ""))
+    css = "status" if status == "done" else "status open"
+    return (
+        f'<tr><td><b>{esc(stage.name)}</b></td><td class="left"><span class="{css}">{esc(status)}</span></td>'
+        f"<td>{len(stage.metrics) or ''}</td><td>{duration(record.get('seconds'))}</td><td>{size(memory) if memory else ''}</td>"
+        f'<td class="left">{hashes}</td><td class="left mono">{esc(environment.get("commit", ""))}</td>'
+        f'<td class="left">{esc(environment.get("torch", ""))}</td></tr>'
+    )
+
+
+def stage_summary(stage: StageData) -> str:
+    parts = [
+        f"{len(stage.metrics)} steps" if stage.metrics else "",
+        duration(stage.record.get("seconds")),
+        size(stage.size) if stage.size else "",
+    ]
+    return " · ".join(part for part in parts if part) or str(stage.record.get("status", ""))
+
+
+def terms(run: RunData) -> str:
+    """How the numbers were made, and on what."""
+    if not run.rows:
+        return ""
+    environment = run.evaluation.get("environment") or {}
+    body = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in MEASURES.items())
+    machine = " · ".join(f"{esc(key)} {esc(value)}" for key, value in environment.items() if value not in (None, ""))
+    return f'<h2>How it was measured</h2><dl class="terms">{body}</dl><footer>{machine}</footer>'

@@ -1,0 +1,214 @@
+"""What `infer.py` does once its arguments are known to be sound: generate, evaluate, benchmark.
+
+Everything above `_load` runs without torch, so that a mistake costs a second, not ten.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbotrain.compose import UsageError
+from turbotrain.infer_config import InferConfig, Request, load_request, usage
+
+if TYPE_CHECKING:
+    from turbotrain.pipeline import TurboPipeline
+
+DONE, FAILED, USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0 done, 1 failed (one line on stderr), 2 usage. `debug=true` adds the traceback."""
+    if any(argument in ("-h", "--help", "help") for argument in arguments):
+        print(usage())
+        return DONE
+    debug = any(argument.replace(" ", "").lower() == "debug=true" for argument in arguments)
+    try:
+        run(load_request(list(arguments)))
+    except UsageError as error:
+        return _report(error, USAGE, debug)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        return _report(error, FAILED, debug)
+    return DONE
+
+
+def run(request: Request) -> None:
+    """Loads the checkpoint and does what `mode` says."""
+    if not request.config.debug:
+        _quiet_libraries()
+    pipe = _load(request.config)
+    {"generate": _generate, "evaluate": _evaluate, "benchmark": _benchmark}[request.config.mode](request, pipe)
+
+
+def _quiet_libraries() -> None:
+    """diffusers and transformers tell of optional packages and of loading bars that nobody asked for."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def _load(config: InferConfig) -> TurboPipeline:
+    import torch
+
+    from turbotrain.pipeline import TurboPipeline
+
+    start = time.perf_counter()
+    pipe = TurboPipeline.from_checkpoint(
+        config.checkpoint,
+        device=config.device,
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        variant=config.variant,
+        components={
+            name: value for name in ("vae", "text_encoder", "tokenizer") if (value := getattr(config, name)) is not None
+        },
+    )
+    _say(f"loaded {pipe.variant.name} from {config.checkpoint} on {pipe.device} in {time.perf_counter() - start:.1f} s")
+    return pipe
+
+
+def _generate(request: Request, pipe: TurboPipeline) -> None:
+    from turbotrain.evaluation.video import write_video
+
+    config = request.config
+    if config.seeds:
+        jobs = [(prompt, seed) for prompt in request.prompts for seed in config.seeds]
+    else:
+        jobs = [(prompt, config.seed + index) for index, prompt in enumerate(request.prompts)]
+    targets = output_paths(Path(config.output).expanduser(), [seed for _, seed in jobs])
+    fps = config.fps or float(pipe.variant.fps)
+    for start in range(0, len(jobs), config.batch_size):
+        chunk = jobs[start : start + config.batch_size]
+        result = pipe(
+            [prompt for prompt, _ in chunk],
+            image=config.image or None,
+            steps=config.steps,
+            seeds=[seed for _, seed in chunk],
+            mode=config.sampling,
+            guidance=config.guidance,
+            solver=config.solver,  # type: ignore[arg-type]  # checked by infer_config
+            shift=config.shift,
+            ode=config.ode,
+            sigma_max=config.sigma_max,
+            width=config.width,
+            height=config.height,
+            frames=config.frames,
+            negative_prompt=config.negative_prompt,
+        )
+        # Written as they come: an interruption in a long list keeps what is done.
+        for target, frames_THWC, (prompt, seed) in zip(targets[start:], result.videos, chunk):
+            written = write_video(target, frames_THWC, fps)
+            more = f" and {len(written) - 1} more" if len(written) > 1 else ""
+            _say(f"{written[0]}{more}  seed {seed}  {prompt}")
+        phases = "  ".join(f"{name} {result.timings[name]:.2f} s" for name in ("text", "dit", "vae"))
+        _say(f"{len(chunk)} video(s): {phases}")
+
+
+def _evaluate(request: Request, pipe: TurboPipeline) -> None:
+    from turbotrain.checkpoint import load_transformer
+    from turbotrain.data.shapes import sample_clips
+    from turbotrain.evaluation import judge
+    from turbotrain.evaluation.evaluate import Row, evaluate
+    from turbotrain.evaluation.report import print_rows
+    from turbotrain.evaluation.video import write_bytes
+
+    config = request.config
+    if pipe.variant.vae != "shapes":
+        raise UsageError(
+            f"mode='evaluate': the judge reads clips of the shapes world, and this checkpoint is {pipe.variant.name}; "
+            "use mode=generate or mode=benchmark"
+        )
+    steps = config.steps or (pipe.variant.teacher_steps if config.sampling == "teacher" else 4)
+    model = "turbo" if config.sampling == "turbo" else "student"
+    given = {"ode": config.ode, "sigma_max": config.sigma_max, "guidance": config.guidance, "shift": config.shift}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    rows = [Row(model, config.sampling, steps, pipe.experts, pipe.meta, settings)]
+    if config.teacher:
+        teacher = load_transformer(config.teacher, device=str(pipe.device))
+        rows.insert(0, Row("teacher", "teacher", config.teacher_steps or pipe.variant.teacher_steps, [teacher]))
+    clips = sample_clips(config.count, config.seed, split="test")
+    seeds = list(range(config.seed, config.seed + config.count))
+    result = evaluate(
+        pipe,
+        rows,
+        [clip.caption for clip in clips],
+        seeds,
+        judge=judge,
+        batch_size=max(config.batch_size, 16),
+        clips=0,
+        latency_repeats=config.repeats,
+        progress=_say,
+        frames=config.frames,
+        height=config.height,
+        width=config.width,
+    )
+    print_rows(result.rows)
+    if config.json:
+        write_bytes(config.json, _json({"rows": result.rows, "environment": result.environment}))
+        _say(config.json)
+
+
+def _benchmark(request: Request, pipe: TurboPipeline) -> None:
+    from turbotrain.evaluation.benchmark import benchmark, print_benchmark
+    from turbotrain.evaluation.video import write_bytes
+
+    config = request.config
+    given = {"ode": config.ode, "sigma_max": config.sigma_max, "guidance": config.guidance, "shift": config.shift}
+    result = benchmark(
+        pipe,
+        request.prompts[0],
+        steps=config.steps,
+        mode=config.sampling,
+        repeats=config.repeats,
+        warmup=config.warmup,
+        seed=config.seed,
+        fps=config.fps,
+        frames=config.frames,
+        height=config.height,
+        width=config.width,
+        **given,
+    )
+    print_benchmark(result)
+    if config.json:
+        write_bytes(config.json, _json(result))
+        _say(config.json)
+
+
+def output_paths(output: Path, seeds: Sequence[int]) -> list[Path]:
+    """One path a video: `out.mp4` for one, `out-00-seed7.mp4`, `out-01-seed8.mp4`, ... for several."""
+    if len(seeds) == 1:
+        return [output]
+    digits = max(2, len(str(len(seeds) - 1)))
+    return [output.with_name(f"{output.stem}-{i:0{digits}d}-seed{seed}{output.suffix}") for i, seed in enumerate(seeds)]
+
+
+def _json(value: Any) -> bytes:
+    from turbotrain.evaluation.evaluate import finite
+
+    return (json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _report(error: BaseException, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, (UsageError, ValueError, OSError)):
+        reason = f"{type(error).__name__}: {reason}"
+    elif isinstance(error, OSError) and reason.startswith("[Errno"):
+        reason = reason.partition("] ")[2]
+    print(f"infer.py: {reason}", file=sys.stderr)
+    return status
