@@ -42,6 +42,16 @@ def test_integer_sums_are_exact(n_tokens: int, n_inputs: int, n_outputs: int, de
         assert torch.equal(got.cpu(), brute_force(a, b).float())
 
 
+@pytest.mark.parametrize(("n_tokens", "n_inputs", "n_outputs"), SHAPES[:3])
+def test_padding_for_tensor_cores_is_exact(n_tokens: int, n_inputs: int, n_outputs: int) -> None:
+    """The GPU's route through `torch._int_mm`, which exists on CPU as well (and is slow there)."""
+    a = torch.randint(-127, 128, (n_tokens, n_inputs), dtype=torch.int8)
+    b = torch.randint(-127, 128, (n_outputs, n_inputs), dtype=torch.int8)
+    got = reference._int8_product_cuda(a.float(), b)
+    assert got.dtype == torch.int32
+    assert torch.equal(got.long(), brute_force(a, b))
+
+
 def test_integer_sums_survive_fast_float_modes() -> None:
     a, b = torch.randint(-127, 128, (9, 1000), dtype=torch.int8), torch.randint(-127, 128, (8, 1000), dtype=torch.int8)
     before = torch.get_float32_matmul_precision()
