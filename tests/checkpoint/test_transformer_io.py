@@ -205,6 +205,45 @@ def test_quantized_round_trip(tmp_path: Path, scheme: str) -> None:
     assert not any("smooth" in name or "weight_q" in name for name in floating.state_dict())
 
 
+@pytest.mark.parametrize("project", ["lightx2v", "comfyui"])
+def test_eight_bit_files_of_other_projects(tmp_path: Path, project: str) -> None:
+    """LightX2V: int8 blocks with (N, 1) scales. ComfyUI: every linear fp8 with a scalar, prefix, marker tensors."""
+    state = {name: tensor.clone() for name, tensor in network().state_dict().items()}
+    theirs: dict[str, Tensor] = {} if project == "lightx2v" else {"diffusion_model.scaled_fp8": torch.zeros(2)}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".")
+        inside = name.startswith("blocks.")
+        is_linear = kind == "weight" and tensor.ndim == 2
+        if project == "lightx2v":
+            theirs[name] = tensor
+            if is_linear and inside:
+                scale = tensor.abs().amax(1, keepdim=True) / 127
+                theirs |= {name: (tensor / scale).round().to(torch.int8), f"{layer}.weight_scale": scale}
+                state[name] = theirs[name] * scale
+        else:
+            theirs[f"diffusion_model.{name}"] = tensor
+            if is_linear:
+                scale = tensor.abs().max() / 448
+                fp8 = (tensor / scale).to(torch.float8_e4m3fn)
+                theirs |= {f"diffusion_model.{name}": fp8, f"diffusion_model.{layer}.scale_weight": scale}
+                state[name] = fp8.float() * scale
+    save_file(theirs, tmp_path / "model.safetensors")
+    floating = load_transformer(tmp_path, dtype=torch.float32).state_dict()
+    assert floating.keys() == state.keys()
+    assert all(torch.allclose(floating[name], state[name], atol=1e-7) for name in state)
+    kept = load_transformer(tmp_path)
+    scheme = "int8_channel" if project == "lightx2v" else "fp8_channel"
+    quantized = {module.scheme for module in kept.modules() if isinstance(module, QuantLinear)}
+    assert quantized == {scheme}
+    assert read_meta(tmp_path).quantization == {"scheme": scheme}
+    theirs = {
+        name: t.to(torch.uint8) if t.dtype in (torch.int8, torch.float8_e4m3fn) else t for name, t in theirs.items()
+    }
+    save_file(theirs, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="only int8 and float8_e4m3fn"):
+        load_transformer(tmp_path)
+
+
 def test_incomplete_quantized_file(tmp_path: Path) -> None:
     model = network()
     layer = model.get_submodule("blocks.0.ffn.0")

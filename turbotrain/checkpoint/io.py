@@ -109,10 +109,12 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], CheckpointMeta
 
 
 def read_meta(path: str | Path) -> CheckpointMeta:
-    """What a checkpoint says about itself, from its headers alone (a pickle is read whole). Raises CheckpointProblem."""
+    """What a checkpoint says about itself, from its headers where they suffice. Raises CheckpointProblem."""
     if any(file.suffix != ".safetensors" for file in header.find_weights(path)):
         return read_checkpoint(path)[1]
     shapes = header.inspect_checkpoint(path).shapes
+    if any(name.endswith(layouts.scaled.SCALES) for name in shapes):
+        return read_checkpoint(path)[1]  # the scheme shows in dtypes
     names = layouts.native_names(shapes, str(path))
     return _describe(path, {native: shapes[name] for name, native in names.items()}, None)
 
@@ -190,6 +192,8 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     if FLOAT32_ISLANDS.search(name) is not None:
         return tensor.to(torch.float64 if torch.float64 in (dtype, tensor.dtype) else torch.float32)
+    if dtype is None and tensor.itemsize == 1:  # stored in fp8 without a scale: nothing multiplies in it
+        dtype = torch.bfloat16
     return tensor if dtype is None else tensor.to(dtype)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from turbotrain.checkpoint.header import CheckpointProblem
-from turbotrain.checkpoint.keymaps import diffusers, official, turbodiffusion, wrappers
+from turbotrain.checkpoint.keymaps import diffusers, official, scaled, turbodiffusion, wrappers
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, WanConfig, variants_with
 
@@ -62,6 +62,8 @@ def native_names(names: Iterable[str], source: str = "checkpoint") -> dict[str, 
     is_diffusers = any(name.startswith("condition_embedder.") for name in bare.values())
     found: dict[str, str] = {}
     for name, stripped in bare.items():
+        if name.rpartition(".")[2] in scaled.IGNORED:
+            continue
         if is_diffusers:
             if _translate(stripped, dict.fromkeys(diffusers.IGNORED, "")) is not None:
                 continue
@@ -82,6 +84,25 @@ def from_layout(state: Mapping[str, Any], source: str = "checkpoint") -> dict[st
     weight = native.get(turbodiffusion.FLATTENED)
     if weight is not None and len(weight.shape) == 2:
         native[turbodiffusion.FLATTENED] = weight.reshape(unflattened(tuple(weight.shape)))
+    return _name_scaled(native, source)
+
+
+def _name_scaled(native: dict[str, Any], source: str) -> dict[str, Any]:
+    """8-bit weights of other projects under our names: one scale per row inside blocks, plain weights outside them."""
+    for name in [name for name in native if name.endswith(scaled.SCALES)]:
+        layer = name.rpartition(".")[0]
+        scale, weight = native.pop(name), native.pop(f"{layer}.weight", None)
+        dtype = str(getattr(weight, "dtype", "missing"))
+        if weight is None or dtype not in scaled.WEIGHTS or scale.numel() not in (1, weight.shape[0]):
+            raise CheckpointProblem(
+                f"{source}: {layer} is {dtype} with a scale of shape {tuple(scale.shape)}; only int8 and float8_e4m3fn with "
+                "one scale per tensor or per output channel are read: export the file in one of these, or in bf16"
+            )
+        scale_N = scale.float().reshape(-1).expand(weight.shape[0]).contiguous()
+        if layer.startswith("blocks."):
+            native[f"{layer}.{scaled.WEIGHTS[dtype]}"], native[f"{layer}.scale"] = weight, scale_N
+        else:
+            native[f"{layer}.weight"] = weight.float() * scale_N[:, None]
     return native
 
 
