@@ -165,7 +165,7 @@ def _first_latent(
 ) -> Conditioning:
     channels, length, height, width = shape
     clean_BCTHW = torch.zeros(1, channels, length, height, width, device=device)
-    clean_BCTHW[:, :, :1] = codec.encode(torch.from_numpy(first_HWC)[None, None].clone()).to(device).float()
+    clean_BCTHW[:, :, :1] = codec.encode(torch.from_numpy(first_HWC.copy())[None, None]).to(device).float()
     clean_frames_BT = torch.zeros(1, length, dtype=torch.bool, device=device)
     clean_frames_BT[:, 0] = True
     return Conditioning(clean_BCTHW=clean_BCTHW, clean_frames_BT=clean_frames_BT)

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import math
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -112,14 +113,15 @@ def prepare(override: str) -> str:
     key, separator, value = override.partition("=")
     if key == "seeds" and value.lstrip("+-").isdigit():
         return f"seeds=[{value}]"
-    if not separator or key not in TEXT_FIELDS or value in ("", "null"):
+    if not separator or key not in TEXT_FIELDS or value == "" or (value == "null" and key != "prompt"):
         return override
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1]  # quoted for Hydra already
-    value = value.replace("${", r"\${")
-    backslashes = len(value) - len(value.rstrip("\\"))
-    escaped = value.replace("'", r"\'") + "\\" * backslashes
-    return f"{key}='{escaped}'"
+    # Backslashes are literal in both grammars, except in front of what they escape: there each of them is doubled.
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)
+    value = re.sub(r"(\\+)$", r"\1\1", value)
+    return f"{key}='{value}'"
 
 
 def check(config: InferConfig) -> Request:
@@ -138,6 +140,7 @@ def check(config: InferConfig) -> Request:
     if config.teacher:
         _look("teacher", config.teacher, None)
     variant = _check_variant(config, glimpse)
+    _check_sigma_max(config, glimpse)
     _check_size(config, variant)
     _check_image(config, variant)
     _check_device(config.device)
@@ -239,6 +242,15 @@ def _check_variant(config: InferConfig, glimpse: Glimpse) -> Variant | None:
             f"(known: {', '.join(VARIANTS)}); update turbotrain"
         )
     return VARIANTS[name]
+
+
+def _check_sigma_max(config: InferConfig, glimpse: Glimpse) -> None:
+    """The first step must be noisier than the second, whose TrigFlow time the checkpoint records."""
+    times = ((glimpse.metadata or {}).get("sampler") or {}).get("times")
+    if config.sigma_max is not None and times and config.steps != 1 and not config.sigma_max > math.tan(times[0]):
+        reject(
+            "sigma_max", config.sigma_max, f"must be above {math.tan(times[0]):.4g}, the noise level of the second step"
+        )
 
 
 def _check_size(config: InferConfig, variant: Variant | None) -> None:

@@ -210,5 +210,6 @@ def _report(error: BaseException, status: int, debug: bool) -> int:
         reason = f"{type(error).__name__}: {reason}"
     elif isinstance(error, OSError) and reason.startswith("[Errno"):
         reason = reason.partition("] ")[2]
-    print(f"infer.py: {reason}", file=sys.stderr)
+    kind, hint = ("usage", "") if status == USAGE else ("failed", "" if debug else "  (debug=true shows the traceback)")
+    print(f"{kind}: {reason}{hint}", file=sys.stderr)
     return status

@@ -254,7 +254,10 @@ class TurboPipeline:
         stride_t, stride_h, stride_w = self.codec.stride
         patch_t, patch_h, patch_w = self.experts[0].config.patch_size  # type: ignore[union-attr]  # WanTransformer
         frames = self.variant.frames if frames is None else frames
-        sizes = {"height": height or self.variant.height, "width": width or self.variant.width}
+        sizes = {
+            "height": self.variant.height if height is None else height,
+            "width": self.variant.width if width is None else width,
+        }
         unit = stride_t * patch_t
         if frames < 1 or (frames - 1) % unit:
             below = max(0, frames - 1) // unit * unit + 1
@@ -345,6 +348,9 @@ class TurboPipeline:
         if not 1 <= steps <= len(later) + 1:
             raise ValueError(f"steps = {steps}: the Turbo sampler of this checkpoint takes 1 to {len(later) + 1}")
         sigma = float(told.get("sigma_max", self.variant.sigma_max)) if sigma_max is None else sigma_max
+        least = math.tan(later[0]) if steps > 1 else 0.0
+        if not sigma > least:
+            raise ValueError(f"sigma_max = {sigma:g}: must be above {least:.4g}, the noise level of the second step")
         return {
             "steps": steps,
             "times": [math.atan(sigma), *later][:steps],

@@ -33,7 +33,14 @@ def write_components(folder: Path, text_dim: int = 64, channels: int = 6) -> dic
     vae.save_pretrained(folder / "vae")
     words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *vocabulary()])}
     config = UMT5Config(
-        vocab_size=len(words), d_model=text_dim, d_kv=16, d_ff=64, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+        vocab_size=len(words),
+        d_model=text_dim,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
