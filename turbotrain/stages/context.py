@@ -95,7 +95,7 @@ class BatchSource:
 
     def at(self, step: int) -> tuple[Batch, StepRandom]:
         indices = [self._index(step * self.batch_size + position) for position in self.positions]
-        return self.dataset.batch(indices), StepRandom(self.seed, step, self.positions, self.device)
+        return self.dataset.batch(indices), StepRandom(self.seed, step, self.batch_size, self.positions, self.device)
 
     def _index(self, drawn: int) -> int:
         epoch, offset = divmod(drawn, len(self.dataset))

@@ -6,6 +6,7 @@ alternating updates never touch the other's gradients.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,14 +30,15 @@ def make_accelerator(config: Config) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("launch.device='cuda': torch sees no CUDA device here; use launch.device=cpu or auto")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    # Stages that only the first process runs (evaluation, say) keep the others waiting for longer than the default.
-    backend = "gloo" if on_cpu else "nccl"
-    patience = InitProcessGroupKwargs(backend=backend, timeout=timedelta(hours=4))
+    handlers: list = []
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Stages that only the first process runs (evaluation, say) keep the others waiting for longer than the default.
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=4)))
     return Accelerator(
         cpu=on_cpu,
         log_with=list(config.logging.trackers) or None,
         project_dir=str(config.run_folder),
-        kwargs_handlers=[patience],
+        kwargs_handlers=handlers,
     )
 
 

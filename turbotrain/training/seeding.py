@@ -1,4 +1,4 @@
-"""Randomness of a training step, derived from (seed, stream, step, sample index) and nothing else.
+"""Randomness of a training step, derived from (seed, stream, step, row of the global batch) and nothing else.
 
 So an interrupted run continues with the very draws that it would have made, and two ranks see the noise that one process
 would have seen for the same global batch: losses agree to rounding whatever the number of processes.
@@ -22,27 +22,31 @@ def derive_seed(seed: int, stream: str, *numbers: int) -> int:
 
 
 class StepRandom:
-    """The draws of one rank's share of one step: sample `positions` of the global batch at `step`."""
+    """The draws of one rank's share of one step: rows `positions` of the global batch at `step`.
 
-    def __init__(self, seed: int, step: int, positions: Sequence[int], device: torch.device) -> None:
+    Every rank draws for the whole batch and keeps its rows: cheaper than one generator a sample, and the same numbers
+    whatever the number of processes.
+    """
+
+    def __init__(self, seed: int, step: int, batch_size: int, positions: range, device: torch.device) -> None:
         self.seed = seed
         self.step = step
-        self.positions = list(positions)
+        self.batch_size = batch_size
+        self.rows = slice(positions.start, positions.stop)
         self.device = device
 
-    def _generators(self, stream: str) -> list[torch.Generator]:
-        seeds = (derive_seed(self.seed, stream, self.step, position) for position in self.positions)
-        return [torch.Generator(self.device).manual_seed(value) for value in seeds]
+    def _generator(self, stream: str) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(derive_seed(self.seed, stream, self.step))
 
     def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal (B, *shape) float32, one generator a sample."""
-        draws = [torch.randn(tuple(shape), generator=g, device=self.device) for g in self._generators(stream)]
-        return torch.stack(draws)
+        """Standard normal (B, *shape) float32; `stream` names the use, each use gets numbers of its own."""
+        whole = (self.batch_size, *shape)
+        return torch.randn(whole, generator=self._generator(stream), device=self.device)[self.rows]
 
     def uniform(self, stream: str) -> Tensor:
         """Uniform on [0, 1), (B,) float64."""
-        draws = [torch.rand((), generator=g, device=self.device, dtype=torch.float64) for g in self._generators(stream)]
-        return torch.stack(draws)
+        whole = torch.rand(self.batch_size, generator=self._generator(stream), device=self.device, dtype=torch.float64)
+        return whole[self.rows]
 
 
 def epoch_order(seed: int, epoch: int, count: int) -> list[int]:

@@ -1,0 +1,6 @@
+"""Pixels and words in and out of the network's spaces, over diffusers' VAE and transformers' umT5."""
+
+from turbotrain.codecs.text import TextEncoder
+from turbotrain.codecs.vae import VideoCodec
+
+__all__ = ["TextEncoder", "VideoCodec"]

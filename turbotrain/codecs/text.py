@@ -1,0 +1,73 @@
+"""Prompts to embeddings through transformers' umT5 encoder, as Wan uses it (formats.md, section 9).
+
+Text is cleaned (ftfy, HTML entities, white space), padded to `text_len`, and the rows past a prompt's own tokens are zero: the
+network attends to them, there is no mask.
+
+Legend: B batch, L tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import ftfy
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+
+class TextEncoder:
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, text_len: int) -> None:
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        tokenizer_path: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        text_len: int = 512,
+    ) -> TextEncoder:
+        """Load a transformers umT5 folder and its tokenizer's (or hub ids).
+
+        Raises:
+            ValueError: a folder cannot be read.
+        """
+        try:
+            encoder = UMT5EncoderModel.from_pretrained(str(path), dtype=dtype or torch.float32)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"text_encoder={str(path)!r}: no readable umT5 folder ({reason})") from error
+        try:
+            # AutoTokenizer on a folder: T5TokenizerFast(vocab_file=...) of transformers 5 gives unknown tokens only.
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"tokenizer={str(tokenizer_path)!r}: no readable tokenizer folder ({reason})") from error
+        return cls(encoder.to(device), tokenizer, text_len)  # type: ignore[arg-type]  # transformers' own stub
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, L, D) float32, L = text_len; a longer prompt is cut."""
+        tokens = self.tokenizer(
+            [clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.text_len,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        device = self.encoder.device
+        ids_BL, mask_BL = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        embeds_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        return embeds_BLD.float() * mask_BL[..., None]
+
+
+def clean(prompt: str) -> str:
+    """Repaired Unicode, HTML entities resolved (twice: some captions are escaped twice), white space folded."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
