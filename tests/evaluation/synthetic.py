@@ -114,7 +114,12 @@ def make_run(folder: Path, prompts: int = 4, steps: int = 300) -> Path:
     (folder / "rcm" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     kinds = [f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
     layers = [
-        {"name": f"blocks.{block}.{kind}", "scheme": "int8_channel", "alpha": 0.5, "sqnr_db": 38 + 4 * rng.normal()}
+        {
+            "name": f"blocks.{block}.{kind}",
+            "scheme": "int8_channel",
+            "alpha": 0.5,
+            **dict(zip(("unsmoothed_sqnr_db", "sqnr_db"), sorted(38 + 4 * rng.normal(size=2)))),
+        }
         for block in range(4)
         for kind in kinds
     ]

@@ -111,7 +111,7 @@ def test_a_run_without_evaluation_has_a_report_too(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no stage.json below it"):
+    with pytest.raises(ValueError, match=r"no stage\.json below it"):
         write_report(tmp_path)
 
 

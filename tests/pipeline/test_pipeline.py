@@ -160,7 +160,7 @@ def test_networks_are_swapped_and_the_rest_is_shared(pipe: TurboPipeline) -> Non
 
 def test_a_vae_of_other_channels_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     write_components(tmp_path, channels=4)
-    with pytest.raises(ValueError, match="gives 4 latent channels, but .* was trained on 6"):
+    with pytest.raises(ValueError, match=r"gives 4 latent channels, but .* was trained on 6"):
         TurboPipeline.from_checkpoint(checkpoint, "cpu", components={"vae": str(tmp_path / "vae")})
 
 

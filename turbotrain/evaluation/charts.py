@@ -175,9 +175,20 @@ def bar_chart(bars: Sequence[Bar], log: bool = False, title: str = "", label_wid
     return _svg(width, height, parts, title or "bar chart")
 
 
-def dot_grid(columns: Sequence[str], rows: Sequence[str], values: dict[tuple[int, int], float], unit: str) -> str:
-    """One strip a row: dots at the values of its columns on a shared axis, for many small numbers (SQNR of every layer)."""
-    finite = [value for value in values.values() if math.isfinite(value)]
+def dot_grid(
+    columns: Sequence[str],
+    rows: Sequence[str],
+    values: dict[tuple[int, int], float],
+    unit: str,
+    before: dict[tuple[int, int], float] | None = None,
+) -> str:
+    """One strip a row: dots at the values of its columns on a shared axis, for many small numbers (SQNR of every layer).
+
+    Args:
+        values: by (row, column). before: hollow dots of the same places, for instance without smoothing.
+    """
+    before = before or {}
+    finite = [value for value in (*values.values(), *before.values()) if math.isfinite(value)]
     if not finite:
         return ""
     low, high = min(finite), max(finite)
@@ -199,14 +210,14 @@ def dot_grid(columns: Sequence[str], rows: Sequence[str], values: dict[tuple[int
         y = 4 + (i + 0.5) * row_height
         parts.append(_text(left - 12, y + 4, name, "end", "barlabel"))
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        for j, column in enumerate(columns):
-            value = values.get((i, j))
-            if value is None or not math.isfinite(value):
-                continue
-            parts.append(
-                f'<circle class="dot s-turbo ghost" cx="{at(value):.1f}" cy="{y:.1f}" r="5">'
-                f"<title>{_escape(f'{column} {name}: {value:.1f} {unit}')}</title></circle>"
-            )
+        for marks, css, note in ((before, "hollow", ", not smoothed"), (values, "ghost", "")):
+            for j, column in enumerate(columns):
+                value = marks.get((i, j), math.nan)
+                if math.isfinite(value):
+                    tip = f"<title>{_escape(f'{column} {name}{note}: {value:.1f} {unit}')}</title>"
+                    parts.append(
+                        f'<circle class="dot s-turbo {css}" cx="{at(value):.1f}" cy="{y:.1f}" r="4.5">{tip}</circle>'
+                    )
     return _svg(width, height, parts, f"{unit} by layer")
 
 

@@ -59,7 +59,13 @@ def quantization(run: RunData) -> str:
     blocks = sorted({block for block, _, _ in layers})
     measured = [(block, kind, entry["sqnr_db"]) for block, kind, entry in layers if is_number(entry["sqnr_db"])]
     values = {(kinds.index(kind), blocks.index(block)): sqnr for block, kind, sqnr in measured}
-    chart = dot_grid([f"block {block}" for block in blocks], kinds, values, "dB")
+    before = {
+        (kinds.index(kind), blocks.index(block)): entry["unsmoothed_sqnr_db"]
+        for block, kind, entry in layers
+        if is_number(entry.get("unsmoothed_sqnr_db")) and is_number(entry.get("alpha"))
+    }
+    chart = dot_grid([f"block {block}" for block in blocks], kinds, values, "dB", before)
+    hollow = " Hollow: the same layer without SmoothQuant." if before else ""
     lines = [
         f'<tr><td class="mono">{esc(entry["name"])}</td><td class="left">{esc(entry.get("scheme", ""))}</td>'
         f"<td>{number(entry.get('alpha'), 2)}</td><td>{number(entry['sqnr_db'], 1)}</td></tr>"
@@ -69,7 +75,7 @@ def quantization(run: RunData) -> str:
     return (
         f"<h2>Quantization</h2><p>{quantization_summary(run.quantization, layers)}</p>"
         f'<figure class="medium">{chart}<figcaption><b>Output signal to quantization noise,</b> one dot a layer, by kind of '
-        f"linear. Higher is better.</figcaption></figure><details><summary>Every layer</summary>{every}</details>"
+        f"linear. Higher is better.{hollow}</figcaption></figure><details><summary>Every layer</summary>{every}</details>"
     )
 
 

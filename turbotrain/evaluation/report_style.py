@@ -71,6 +71,7 @@ svg .line.raw { stroke-width: 1; opacity: .22; }
 svg .whisker { stroke-width: 1.6; opacity: .55; }
 svg .dot { stroke: var(--paper); stroke-width: 1.5; }
 svg .ghost { fill-opacity: .75; stroke-width: 1; }
+svg circle.hollow { fill: none; stroke: var(--c); stroke-width: 1.2; opacity: .6; }
 .s-teacher { --c: var(--teacher); } .s-teacher-u { --c: var(--teacher-u); } .s-sla { --c: var(--sla); }
   .s-sla-u { --c: var(--sla-u); }
 .s-rcm { --c: var(--rcm); } .s-merge { --c: var(--merge); } .s-turbo { --c: var(--turbo); }
