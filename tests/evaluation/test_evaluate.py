@@ -76,8 +76,9 @@ def test_scores(result: Evaluation) -> None:
     assert row["coverage"] == 4 / 16
     assert row["attributes"]["shape"]["accuracy"] == 1
     assert row["attributes"]["colour"]["accuracy"] == 0.25
-    # Against captions 1, 2 and 3 prompts away, each clip meets the red one unless it is its own.
-    assert row["accuracy_shuffled"] == pytest.approx((0.5 + 3 * 2 / 3) / 4)
+    # One prompt on, one of four clips meets the red caption; 1, 2 and 3 on, every clip but red's own does once.
+    assert row["accuracy_shuffled"] == pytest.approx((1 + 3 * 0.5) / 4)
+    assert result.rows[1]["accuracy_shuffled"] == pytest.approx((0.5 + 3 * 2 / 3) / 4)
 
 
 def test_everything_is_compared_with_the_teacher(result: Evaluation) -> None:

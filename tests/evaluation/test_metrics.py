@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from turbotrain.evaluation.metrics import bootstrap_interval, gap_closed, psnr, ssim
+from turbotrain.evaluation.metrics import bootstrap_interval, gap_closed, jackknife_interval, psnr, ssim
 
 
 def clips(seed: int = 0, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -79,8 +79,16 @@ def test_interval_of_a_statistic_is_paired() -> None:
     assert high == pytest.approx(0.8)
 
 
+def test_jackknife_is_the_standard_error_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(size=30).tolist()
+    low, high = jackknife_interval(values, lambda items: sum(items) / len(items))
+    error = 1.96 * float(np.std(values, ddof=1)) / math.sqrt(30)
+    assert (low, high) == pytest.approx((np.mean(values) - error, np.mean(values) + error))
+
+
 def test_interval_of_nothing() -> None:
     assert all(math.isnan(end) for end in bootstrap_interval([]))
+    assert all(math.isnan(end) for end in jackknife_interval([1.0], sum))
 
 
 def test_gap_closed() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from turbotrain.evaluation.video import read_video
+from turbotrain.inference import main
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "prompt=a small red circle moves left slowly on a black background"
@@ -43,56 +44,68 @@ def test_the_same_seed_gives_the_same_file_in_two_processes(checkpoint: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.webp", "b.webp"]
 
 
-@pytest.mark.slow
-def test_prompts_from_a_file_in_batches(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a red circle, large\n\nblue: 'square' ${now:}\n", encoding="utf-8")
-    done = infer(
-        f"checkpoint={checkpoint}",
-        "prompts=prompts.txt",
-        "seeds=[1,2]",
-        "steps=1",
-        "batch_size=3",
-        "output=o/v.mp4",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    names = sorted(path.name for path in (tmp_path / "o").iterdir())
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands that load torch run in this process, to spare its start."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_prompts_from_a_file_in_batches(checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "prompts.txt").write_text("a red circle, large\n\nblue: 'square' ${now:}\n", encoding="utf-8")
+    arguments = ["prompts=prompts.txt", "seeds=[1,2]", "steps=1", "batch_size=3", "output=o/v.mp4"]
+    assert main([f"checkpoint={checkpoint}", *arguments]) == 0
+    names = sorted(path.name for path in (here / "o").iterdir())
     assert names == ["v-00-seed1.mp4", "v-01-seed2.mp4", "v-02-seed1.mp4", "v-03-seed2.mp4"]
-    frames_THWC, fps = read_video(tmp_path / "o" / names[0])
+    frames_THWC, fps = read_video(here / "o" / names[0])
     assert frames_THWC.shape == (13, 64, 64, 3)
     assert fps == 8
-    assert "blue: 'square' ${now:}" in done.stdout
+    assert "blue: 'square' ${now:}" in capfd.readouterr().out
 
 
-@pytest.mark.slow
-def test_benchmark_reports_every_phase(checkpoint: Path, tmp_path: Path) -> None:
-    done = infer(
-        f"checkpoint={checkpoint}",
-        PROMPT,
-        "mode=benchmark",
-        "steps=2",
-        "repeats=2",
-        "warmup=0",
-        "json=b.json",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "b.json").read_text())
+def test_benchmark_reports_every_phase(checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["mode=benchmark", "steps=2", "repeats=2", "warmup=0", "json=b.json"]
+    assert main([f"checkpoint={checkpoint}", PROMPT, *arguments]) == 0
+    result = json.loads((here / "b.json").read_text())
     assert set(result["phases"]) == {"text", "dit_step", "dit", "vae", "encode", "total"}
     assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in result["phases"].values())
     assert result["phases"]["dit"]["median_s"] < result["phases"]["total"]["median_s"]
     assert result["peak_memory_bytes"] > 1e8
-    assert "dit step" in done.stdout
+    assert "dit step" in capfd.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_failure_inside_is_one_line_and_debug_shows_where(checkpoint: Path, tmp_path: Path) -> None:
-    arguments = (f"checkpoint={checkpoint}", PROMPT, f"vae={tmp_path}", "steps=1")
-    done = infer(*arguments, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "no readable AutoencoderKLWan folder" in done.stderr
-    assert "Traceback" in infer(*arguments, "debug=true", cwd=tmp_path).stderr
+def test_evaluate_judges_the_student_beside_its_teacher(
+    checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "mode=evaluate",
+        "count=3",
+        "steps=1",
+        f"teacher={checkpoint}",
+        "teacher_steps=2",
+        "repeats=1",
+        "json=e.json",
+    ]
+    assert main([f"checkpoint={checkpoint}", *arguments]) == 0
+    teacher, student = json.loads((here / "e.json").read_text())["rows"]
+    assert (teacher["model"], teacher["sampler"], teacher["steps"]) == ("teacher", "teacher", 2)
+    assert (student["model"], student["sampler"], student["steps"]) == ("turbo", "turbo", 1)
+    assert 0 <= student["accuracy"] <= 1
+    assert set(student["attributes"]) == {"background", "shape", "colour", "size", "direction", "speed"}
+    assert student["psnr"] > 0
+    assert "accuracy" in capfd.readouterr().out
+
+
+def test_a_failure_inside_is_one_line_and_debug_shows_where(
+    checkpoint: Path, here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"checkpoint={checkpoint}", PROMPT, f"vae={here}", "steps=1"]
+    assert main(arguments) == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "no readable AutoencoderKLWan folder" in said
+    assert main([*arguments, "debug=true"]) == 1
+    assert "Traceback" in capfd.readouterr().err
 
 
 class Bomb:

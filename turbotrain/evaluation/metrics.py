@@ -34,14 +34,15 @@ def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
     if min(a_THWC.shape[1:3]) < _WINDOW:
         raise ValueError(f"frames of {a_THWC.shape[1]}x{a_THWC.shape[2]}: SSIM needs at least {_WINDOW} pixels a side")
     c1, c2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
+    windows = _window_matrix(a_THWC.shape[1]), _window_matrix(a_THWC.shape[2])
     total = 0.0
     for a_HWC, b_HWC in zip(
         a_THWC, b_THWC
     ):  # frame by frame: five float64 planes of one frame are all that lives at a time
         a, b = a_HWC.astype(np.float64), b_HWC.astype(np.float64)
-        mean_a, mean_b = _blur(a), _blur(b)
-        var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
-        covariance = _blur(a * b) - mean_a * mean_b
+        mean_a, mean_b = _blur(a, *windows), _blur(b, *windows)
+        var_a, var_b = _blur(a * a, *windows) - mean_a**2, _blur(b * b, *windows) - mean_b**2
+        covariance = _blur(a * b, *windows) - mean_a * mean_b
         score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
             (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
         )
@@ -77,23 +78,40 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def jackknife_interval(items: Sequence[Any], statistic: Callable[[list[Any]], float]) -> tuple[float, float]:
+    """95% interval of a statistic from its leave-one-out values: estimate +- 1.96 standard errors.
+
+    For statistics of how many different things there are (coverage): a bootstrap sample repeats items and so always looks
+    poorer than the sample that it was drawn from.
+    """
+    count = len(items)
+    if count < 2:
+        return math.nan, math.nan
+    whole = list(items)
+    left_out = np.asarray([statistic(whole[:i] + whole[i + 1 :]) for i in range(count)])
+    error = math.sqrt((count - 1) * float(np.var(left_out)))
+    estimate = statistic(whole)
+    return estimate - 1.96 * error, estimate + 1.96 * error
+
+
 def gap_closed(value: float, baseline: float, teacher: float) -> float:
     """Fraction of the distance from `baseline` to `teacher` that `value` covers; nan where the two do not differ."""
     return (value - baseline) / (teacher - baseline) if teacher != baseline else math.nan
 
 
-def _blur(plane_HWC: np.ndarray) -> np.ndarray:
-    """Separable Gaussian window over the two leading axes, valid positions only."""
+def _blur(plane_HWC: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Separable Gaussian window over the two leading axes as two matrix products; (C, H', W'), valid positions only."""
+    return rows @ plane_HWC.transpose(2, 0, 1) @ columns.T
+
+
+def _window_matrix(size: int) -> np.ndarray:
+    """(size - 10, size): row i weighs positions i to i + 10."""
     offsets = np.arange(_WINDOW) - _WINDOW // 2
     window = np.exp(-(offsets**2) / (2 * _SIGMA**2))
-    window /= window.sum()
-    for axis in (0, 1):
-        length = plane_HWC.shape[axis] - _WINDOW + 1
-        plane_HWC = sum(
-            weight * np.take(plane_HWC, np.arange(start, start + length), axis=axis)
-            for start, weight in enumerate(window)
-        )  # type: ignore[assignment]  # sum() of arrays is an array
-    return plane_HWC
+    matrix = np.zeros((size - _WINDOW + 1, size))
+    for row in range(len(matrix)):
+        matrix[row, row : row + _WINDOW] = window / window.sum()
+    return matrix
 
 
 def _check_pair(a: np.ndarray, b: np.ndarray) -> None:

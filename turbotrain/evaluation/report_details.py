@@ -25,7 +25,7 @@ MEASURES = {
     "Coverage": "exp(entropy of the start positions over a 4×4 grid) / 16, from clips whose shape and colour are right: "
     "what captions leave free stays free.",
     "Latency": "One video, from text embedding to frames, median of warm repeats; encoding the file is not counted.",
-    "Interval": "95%, percentile bootstrap over prompts; ratios are bootstrapped in pairs.",
+    "Interval": "95%, percentile bootstrap over prompts; ratios are bootstrapped in pairs; coverage: jackknife.",
 }
 
 

@@ -64,7 +64,7 @@ def header(run: RunData) -> str:
             f'<p class="lead">The {esc(family_name(best))} student of <b>{esc(run.variant)}</b> needs {steps_text(best)} and '
             f"{duration(best['latency_s'])} for a video where its teacher needs {teacher['steps']} guided steps and "
             f"{duration(teacher['latency_s'])}. All rows sample the same {esc(run.evaluation.get('prompts', ''))} held-out "
-            "prompts with the same seeds; brackets are 95% bootstrap intervals over prompts.</p>"
+            "prompts with the same seeds; brackets are 95% intervals over prompts.</p>"
         )
     environment = run.evaluation.get("environment") or {}
     record = run.stages[-1].record if run.stages else {}
