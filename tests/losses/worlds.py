@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,13 +82,21 @@ class MixtureWorld:
 
 
 class TinyVelocity(nn.Module):
-    """An MLP velocity over D numbers, with explicit tangents like the DiT's; itself a Velocity (no conditioning)."""
+    """An MLP velocity over D numbers, with explicit tangents like the DiT's; itself a Velocity (no conditioning).
 
-    def __init__(self, dim: int = 2, width: int = 64, layers: int = 3) -> None:
+    `members` > 1: that many independent networks in one, each owning an equal part of the batch, in order. Losses are
+    means over samples and optimisers act element by element, so the members train as if alone, at the cost of one.
+    """
+
+    def __init__(self, dim: int = 2, width: int = 64, layers: int = 3, members: int = 1) -> None:
         super().__init__()
-        sizes = [dim + 8, *[width] * layers, dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.frequencies = math.pi * torch.arange(1, 5) / 2
+        sizes = [dim + 2 * len(self.frequencies), *[width] * layers, dim]
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in pairwise(sizes):
+            bound = fan_in**-0.5
+            self.weights.append(nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-bound, bound)))
+            self.biases.append(nn.Parameter(torch.empty(members, 1, fan_out).uniform_(-bound, bound)))
 
     def forward(
         self,
@@ -99,31 +107,33 @@ class TinyVelocity(nn.Module):
         selection: Any = None,
         return_selection: bool = False,
     ) -> VelocityOutput:
-        dtype = next(self.parameters()).dtype
+        weights = list(self.weights)
         # the network reads the angle t / (pi/2), in which its targets vary evenly
         s_B = timestep_to_rf(timestep_B)
         phase_BF = (rf_to_trig(s_B) / (math.pi / 2))[:, None] * self.frequencies
-        h = torch.cat([x_s_BD.to(dtype), phase_BF.sin().to(dtype), phase_BF.cos().to(dtype)], dim=1)
+        h = self._gather(x_s_BD, phase_BF.sin(), phase_BF.cos())
         dh = None
         if tangents is not None:
-            with torch.no_grad():
-                ds_B = timestep_to_rf(tangents[1])
-                dphase_BF = (ds_B / ((1 - s_B) ** 2 + s_B**2) / (math.pi / 2))[:, None] * self.frequencies
-                dsin, dcos = phase_BF.cos() * dphase_BF, -phase_BF.sin() * dphase_BF
-                dh = torch.cat([tangents[0].to(dtype), dsin.to(dtype), dcos.to(dtype)], dim=1)
-        for i, layer in enumerate(self.layers):
-            h = layer(h)
-            if dh is not None:
-                with torch.no_grad():
-                    dh = nn.functional.linear(dh, cast(nn.Linear, layer).weight)
-            if i + 1 < len(self.layers):
+            ds_B = timestep_to_rf(tangents[1])
+            dphase_BF = (ds_B / ((1 - s_B) ** 2 + s_B**2) / (math.pi / 2))[:, None] * self.frequencies
+            dh = self._gather(tangents[0], phase_BF.cos() * dphase_BF, -phase_BF.sin() * dphase_BF).detach()
+        for i, (weight, bias) in enumerate(zip(weights, self.biases)):
+            h = torch.baddbmm(bias, h, weight)
+            dh = None if dh is None else torch.bmm(dh, weight.detach())
+            if i + 1 < len(weights):
                 if dh is not None:
-                    with torch.no_grad():
-                        gate = h.sigmoid()
-                        dh = dh * gate * (1 + h * (1 - gate))
+                    gate = h.detach().sigmoid()
+                    dh = dh * gate * (1 + h.detach() * (1 - gate))
                 h = nn.functional.silu(h)
         wide = torch.float64 if x_s_BD.dtype == torch.float64 else torch.float32
-        return VelocityOutput(h.to(wide), None if dh is None else dh.to(wide))
+        flat = [None if x is None else x.reshape(x_s_BD.shape).to(wide) for x in (h, dh)]
+        assert flat[0] is not None
+        return VelocityOutput(flat[0], flat[1])
+
+    def _gather(self, *features: Tensor) -> Tensor:
+        """The network's input (members, B / members, features) in its precision."""
+        first = self.weights[0]
+        return torch.cat([f.to(first.dtype) for f in features], dim=1).unflatten(0, (len(first), -1))
 
 
 def _column(s_B: Tensor, x_BD: Tensor) -> Tensor:
