@@ -336,6 +336,11 @@ class TurboPipeline:
             )
         else:
             raise ValueError(f"mode = {mode!r}: choose turbo or teacher")
+        if not bool(torch.isfinite(latents_BCTHW).all()):
+            raise ValueError(
+                "the network gave latents that are not finite: its weights are damaged, or overflow in this dtype; "
+                "try dtype=float32 or another checkpoint"
+            )
         return conditioning.restore(latents_BCTHW).float()
 
     def turbo_settings(

@@ -19,6 +19,7 @@ from turbotrain.diffusion.velocity import bind
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS
 from turbotrain.pipeline import TurboPipeline, find_component, resolve_device
+from turbotrain.quant.export import quantize_transformer
 
 PROMPTS = [
     "a small red circle moves left slowly on a black background",
@@ -156,6 +157,31 @@ def test_networks_are_swapped_and_the_rest_is_shared(pipe: TurboPipeline) -> Non
     assert not torch.equal(other(PROMPTS[0], steps=1).latents, pipe(PROMPTS[0], steps=1).latents)
     with pytest.raises(ValueError, match=r"2 network\(s\) given: variant shapes has 1"):
         pipe.with_networks([pipe.experts[0], pipe.experts[0]])
+
+
+def test_damaged_weights_make_no_video(pipe: TurboPipeline) -> None:
+    network = random_network(VARIANTS["shapes"].config, AttentionConfig())
+    with torch.no_grad():
+        network.head.head.weight[0, 0] = float("nan")  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="latents that are not finite"):
+        pipe.with_networks([network])(PROMPTS[0], steps=1)
+
+
+def test_int8_layers_stay_int8_and_read_back(pipe: TurboPipeline, checkpoint: Path, tmp_path: Path) -> None:
+    network = random_network(VARIANTS["shapes"].config, AttentionConfig(kind="sla", topk=0.25, block_q=32, block_k=32))
+    other = pipe.with_networks([network])
+    float_latents = other(PROMPTS[0], steps=2).latents
+    context_BLD = pipe.encode_prompts(PROMPTS[:1])
+    quantize_transformer(network, [lambda model: other.sample(context_BLD, [0], (6, 4, 16, 16), steps=2)], alphas=())
+    expected = other(PROMPTS[0], steps=2).latents
+    assert 0 < (expected - float_latents).norm() / float_latents.norm() < 0.2
+    assert pipe.meta is not None
+    meta = replace(pipe.meta, quantization={"scheme": "int8_channel"}, components={})
+    parts = {name: checkpoint / name for name in ("vae", "text_encoder", "tokenizer")}
+    save_checkpoint(tmp_path / "int8", network.state_dict(), meta, parts)
+    again = TurboPipeline.from_checkpoint(tmp_path / "int8", "cpu")
+    assert any(parameter.dtype == torch.int8 for parameter in again.experts[0].state_dict().values())
+    assert torch.equal(again(PROMPTS[0], steps=2).latents, expected)
 
 
 def test_a_vae_of_other_channels_is_refused(checkpoint: Path, tmp_path: Path) -> None:
