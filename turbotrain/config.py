@@ -187,6 +187,8 @@ class SamplerSection:
 @dataclass
 class LaunchSection:
     device: str = "auto"  # auto | cpu | cuda
+    matmul_precision: str = "highest"  # of float32 products on a GPU: high lets tensor cores round to TF32
+    mixed_precision: str = "no"  # bf16: trained networks run under autocast, weights stay float32
     activation_checkpointing: bool = False
     keep_last: int = 2  # training states kept while a stage runs
 
@@ -270,6 +272,10 @@ def validate(config: Config) -> None:
     _at_least("codec.text_steps", config.codec.text_steps, 1)
     _at_least("codec.batch_size", config.codec.batch_size, 1)
     _choice("launch.device", config.launch.device, ("auto", "cpu", "cuda"))
+    _choice("launch.mixed_precision", config.launch.mixed_precision, ("no", "bf16"))
+    if config.launch.mixed_precision == "bf16" and config.rcm.tangent == "finite_difference":
+        reject("rcm.tangent", "finite_difference", "bf16 cannot resolve any step h; use rcm.tangent=jvp or mixed_precision=no")
+    _choice("launch.matmul_precision", config.launch.matmul_precision, ("highest", "high"))
     _at_least("launch.keep_last", config.launch.keep_last, 1)
     _at_least("logging.log_every", config.logging.log_every, 1)
     _at_least("seed", config.seed, 0)
@@ -309,11 +315,12 @@ def _check_data(config: Config) -> None:
     _choice("data.kind", data.kind, ("shapes", "shards"))
     if data.kind == "shards" and not data.path and "data" in config.stages:
         reject("data.path", data.path, "data.kind=shards needs the folder that holds the *.tar shards")
-    stride_t, stride_h, stride_w = VARIANTS[config.model.variant].vae_stride
+    variant = VARIANTS[config.model.variant]
+    stride_t = variant.vae_stride[0]
     if data.frames < 1 or (data.frames - 1) % stride_t:
         below = max(0, (data.frames - 1) // stride_t) * stride_t + 1
         reject("data.frames", data.frames, f"must be {stride_t}n+1, for example {below} or {below + stride_t}")
-    for name, stride in (("height", 2 * stride_h), ("width", 2 * stride_w)):
+    for name, stride in zip(("height", "width"), variant.size_multiple, strict=True):
         value = getattr(data, name)
         if value < stride or value % stride:
             below = max(1, value // stride) * stride

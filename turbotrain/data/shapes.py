@@ -11,8 +11,11 @@ Numpy only: the configuration check may import this without paying for torch. Sh
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +49,7 @@ __all__ = [
     "is_held_out",
     "parse_caption",
     "render_batch",
+    "render_parallel",
     "sample_clip",
     "sample_clips",
     "vocabulary",
@@ -192,6 +196,20 @@ def render_batch(clips: Sequence[Clip]) -> NDArray[np.uint8]:
         for spec, start in zip(clip.scene.objects, clip.starts)
     ]
     return draw(objects, [clip.scene.background for clip in clips])
+
+
+def render_parallel(count: int, seed: int = 0, split: str = "train", start: int = 0) -> NDArray[np.uint8]:
+    """Frames of clips start .. start + count - 1, rendered by all cores. Call it under `if __name__ == "__main__"`."""
+    chunk = 256
+    if count <= chunk:
+        return render_batch(sample_clips(count, seed, split, start))
+    jobs = [(min(chunk, start + count - at), seed, split, at) for at in range(start, start + count, chunk)]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as workers:
+        return np.concatenate(list(workers.map(_render_job, jobs)))
+
+
+def _render_job(job: tuple[int, int, str, int]) -> NDArray[np.uint8]:
+    return render_batch(sample_clips(*job))
 
 
 def start_range(spec: ObjectSpec) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -129,11 +129,12 @@ _SHAPES = WanConfig(
     ffn_dim=384,
     num_heads=4,
     num_layers=4,
-    in_channels=6,
-    out_channels=6,
+    in_channels=24,
+    out_channels=24,
     text_dim=64,
     text_len=32,
     freq_dim=64,
+    patch_size=(1, 1, 1),
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -182,7 +183,7 @@ VARIANTS: dict[str, Variant] = {
             "shapes",
             _SHAPES,
             vae="shapes",
-            vae_stride=(4, 4, 4),
+            vae_stride=(4, 8, 8),
             shift=3.0,
             cfg=(3.0, 3.0),
             frames=13,

@@ -13,9 +13,11 @@ from torch import Tensor
 from turbotrain.codecs.text import TextEncoder
 from turbotrain.codecs.vae import VideoCodec
 from turbotrain.data.latents import Sample, write_shards
-from turbotrain.data.shapes import render_batch, sample_clips
+from turbotrain.data.shapes import render_parallel, sample_clips
 from turbotrain.stages.artifacts import codec_parts, load_codec
 from turbotrain.stages.context import StageContext
+
+RENDERED = 4096  # clips held in memory at once
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -39,16 +41,17 @@ def run(context: StageContext) -> dict[str, object]:
 
 def _encoded_shapes(context: StageContext, codec: VideoCodec, text: TextEncoder) -> Iterator[Sample]:
     data = context.config.data
-    for begin in range(0, data.count, data.batch_size):
-        count = min(data.batch_size, data.count - begin)
-        clips = sample_clips(count, context.config.seed, split="train", start=begin)
-        latents = codec.encode(torch.from_numpy(render_batch(clips))).cpu()
-        embeds = _embed(text, [clip.caption for clip in clips])
-        for clip, latent, embed in zip(clips, latents, embeds, strict=True):
-            yield Sample(latent, embed, clip.caption)
-        done = begin + len(clips)
-        if done == data.count or (begin // data.batch_size) % 16 == 15:
-            context.say(f"{done}/{data.count} clips encoded")
+    seed = context.config.seed
+    for begin in range(0, data.count, RENDERED):
+        clips = sample_clips(min(RENDERED, data.count - begin), seed, start=begin)
+        frames = torch.from_numpy(render_parallel(len(clips), seed, start=begin))
+        for at in range(0, len(clips), data.batch_size):
+            rows = slice(at, at + data.batch_size)
+            captions = [clip.caption for clip in clips[rows]]
+            latents = codec.encode(frames[rows]).cpu()
+            for caption, latent, embed in zip(captions, latents, _embed(text, captions), strict=True):
+                yield Sample(latent, embed, caption)
+        context.say(f"{begin + len(clips)}/{data.count} clips encoded")
 
 
 def _embed(text: TextEncoder, prompts: list[str]) -> Tensor:

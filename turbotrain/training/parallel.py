@@ -29,6 +29,7 @@ def make_accelerator(config: Config) -> Accelerator:
     device = config.launch.device
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("launch.device='cuda': torch sees no CUDA device here; use launch.device=cpu or auto")
+    torch.set_float32_matmul_precision(config.launch.matmul_precision)
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     handlers: list = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -36,6 +37,7 @@ def make_accelerator(config: Config) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=4)))
     return Accelerator(
         cpu=on_cpu,
+        mixed_precision=config.launch.mixed_precision,
         log_with=list(config.logging.trackers) or None,
         project_dir=str(config.run_folder),
         kwargs_handlers=handlers,
