@@ -71,6 +71,10 @@ def run_recipe(config: Config) -> None:
             _warn_of_stale_inputs(config, selected)
         for stage in selected:
             _run_stage(config, stage, accelerator)
+        if accelerator.is_main_process and status(root / "evaluate") == "done":
+            from turbotrain.evaluation.report import write_report
+
+            print(f"report: {write_report(root)}", flush=True)
     if config.logging.trackers:
         accelerator.end_training()
 
@@ -120,7 +124,7 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
 
 def _remedy(role: str) -> str:
     return {
-        "codec": "a VAE and a text encoder: set model.codec or model.teacher to a folder that holds them, or select the stage codec",
+        "codec": "a VAE and a text encoder: set model.codec or model.teacher to a folder with them, or select the stage codec",
         "data": "shards of latents: select the stage data, or set data.kind=shards and data.path",
         "teacher": "a teacher: set model.teacher to its checkpoint, or select the stage teacher",
         "student": "a trained student: select or finish the stage rcm (or sla) first",

@@ -54,6 +54,10 @@ class StageContext:
         """The stage's own root of randomness: two stages of a run do not share noise."""
         return derive_seed(self.config.seed, self.name)
 
+    @property
+    def checkpointing(self) -> bool:
+        return self.config.launch.activation_checkpointing
+
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             print(f"{self.name}: {text}", flush=True)

@@ -1,4 +1,4 @@
-"""Evaluate stage: every result of the run on the same held-out prompts and seeds, judged alike; then the report.
+"""Evaluate stage: every result of the run on the same held-out prompts and seeds, judged alike.
 
 Rows: the teacher (guided, many steps) and the SLA model in the teacher's sampler; the undistilled teacher and SLA model in the
 Turbo sampler, so that distillation is seen to do something; the distilled model and its W8A8 form.
@@ -14,7 +14,6 @@ from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_meta
 from turbotrain.data.shapes import sample_clips
 from turbotrain.evaluation import judge as shapes_judge
 from turbotrain.evaluation.evaluate import Row, evaluate
-from turbotrain.evaluation.report import write_report
 from turbotrain.stages.artifacts import make_pipeline, sampler_settings
 from turbotrain.stages.context import StageContext
 
@@ -45,8 +44,6 @@ def run(context: StageContext) -> dict[str, object]:
         frames=data.frames,
     )
     result.save(context.folder)
-    write_report(context.config.run_folder)
-    context.say(f"report in {context.config.run_folder / 'report.html'}")
     return {"rows": len(rows), "prompts": len(clips)}
 
 

@@ -45,12 +45,16 @@ class RcmTask:
         self.teacher = load_transformer(context.inputs["teacher"], device=context.device, dtype=torch.float32)
         self.teacher.requires_grad_(False)
         self.network = student_network(context)
-        student = make_role(context.accelerator, "student", self.network, section.optim, section.steps)
+        student = make_role(
+            context.accelerator, "student", self.network, section.optim, section.steps, context.checkpointing
+        )
         self.roles = {"student": student}
         self.average = PowerEMA(self.network, rate=section.ema_rate)
         if any(phase.dmd for phase in section.phases):
             fake = load_transformer(context.inputs["teacher"], dtype=torch.float32)
-            self.roles["critic"] = make_role(context.accelerator, "critic", fake, section.critic_optim, section.steps)
+            self.roles["critic"] = make_role(
+                context.accelerator, "critic", fake, section.critic_optim, section.steps, context.checkpointing
+            )
 
     def loss(self, step: int) -> StepLoss:
         phase, dmd_step = self._phase(step)

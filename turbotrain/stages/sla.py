@@ -28,7 +28,11 @@ class SlaTask:
         self.network.set_attention(attention_config(context.config))
         self.teacher = load_transformer(context.inputs["teacher"], device=context.device, dtype=torch.float32)
         self.teacher.requires_grad_(False)
-        self.roles = {"student": make_role(context.accelerator, "student", self.network, section.optim, section.steps)}
+        self.roles = {
+            "student": make_role(
+                context.accelerator, "student", self.network, section.optim, section.steps, context.checkpointing
+            )
+        }
 
     def loss(self, step: int) -> StepLoss:
         batch, random = self.source.at(step)

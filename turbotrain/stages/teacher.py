@@ -25,7 +25,9 @@ class TeacherTask:
         self.section = section
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = initial_network(context)
-        role = make_role(context.accelerator, "teacher", self.network, section.optim, section.steps)
+        role = make_role(
+            context.accelerator, "teacher", self.network, section.optim, section.steps, context.checkpointing
+        )
         self.roles = {"teacher": role}
         self.average = PowerEMA(self.network, rate=section.ema_rate)
 

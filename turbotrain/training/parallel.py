@@ -17,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from turbotrain.config import Config, OptimSection
+from turbotrain.model.wan import WanTransformer
 from turbotrain.training.optim import learning_rate, make_optimizer
 
 
@@ -61,9 +62,11 @@ class Role:
         return ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
 
 
-def make_role(accelerator: Accelerator, name: str, network: nn.Module, optim: OptimSection, updates: int) -> Role:
+def make_role(
+    accelerator: Accelerator, name: str, network: WanTransformer, optim: OptimSection, updates: int, checkpointing: bool
+) -> Role:
     """Wrap `network` and its optimiser for this launch; `updates`: how many it will get, for a decaying rate."""
-    network.to(accelerator.device)
+    network.enable_activation_checkpointing(checkpointing).to(accelerator.device)
     optimizer = make_optimizer(network.parameters(), optim)
     module, optimizer = accelerator.prepare(network, optimizer)
     return Role(
