@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # One pinned, tested set of versions (torch included: the index decides between its CPU and CUDA builds).
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test test-fast lint format gpu clean
+.PHONY: help setup demo test lint format clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
