@@ -6,6 +6,7 @@ of every input. A finished stage with another fingerprint is stale; its folder i
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 from turbotrain.compose import UsageError
 from turbotrain.config import STAGES, Config, resolve
+from turbotrain.model.variants import VARIANTS
 from turbotrain.records import Plan, begin, finish, make_fingerprint, plan_stage, set_aside, status
 
 
@@ -53,10 +55,13 @@ def run_recipe(config: Config) -> None:
         UsageError: an input that no selected or finished stage provides, a run folder that cannot be written or is in use.
     """
     selected = [stage for stage in STAGES if stage in config.stages]
+    if config.data.kind == "shards" and "data" in selected:
+        selected.remove("data")  # ready-made: nothing to render
     check_inputs(config, selected)
     if config.dry_run:
         _dry_run(config, selected)
         return
+    _check_device(config)
     root = config.run_folder
     _check_writable(root)
 
@@ -88,15 +93,23 @@ def find_inputs(config: Config, stage: str, selected: list[str]) -> dict[str, Pa
     Raises:
         UsageError: a required input that nothing provides.
     """
+    found, missing = _locate(config, stage, selected)
+    for role in missing:
+        raise UsageError(f"stages: {stage} needs {_remedy(role)}")
+    return found
+
+
+def _locate(config: Config, stage: str, selected: list[str]) -> tuple[dict[str, Path], list[str]]:
+    """(inputs by role, required roles that nothing provides)."""
     spec = SPECS[stage]
-    found = {}
+    found, missing = {}, []
     for role in (*spec.inputs, *spec.optional):
         path = _find(config, stage, role, selected)
         if path is not None:
             found[role] = path
         elif role in spec.inputs:
-            raise UsageError(f"stages: {stage} needs {_remedy(role)}")
-    return found
+            missing.append(role)
+    return found, missing
 
 
 def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | None:
@@ -108,10 +121,15 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
     if role == "codec":
         if (trained := own("codec")) is not None:
             return trained
-        named = config.model.codec or config.model.teacher
-        return resolve(named) if named else None
+        if config.model.codec:
+            return resolve(config.model.codec)
+        teacher = resolve(config.model.teacher)
+        # A teacher may be bare weights: training needs no codec.
+        return teacher if config.model.teacher and (not teacher.exists() or _holds_codec(teacher)) else None
     if role == "data":
-        return Path(config.data.path) if config.data.kind == "shards" else own("data")
+        if config.data.kind == "shards":
+            return resolve(config.data.path) if config.data.path else None
+        return own("data")
     if role == "teacher":
         return own("teacher") or (resolve(config.model.teacher) if config.model.teacher else None)
     if role == "sla" and stage == "rcm" and config.rcm.composition != "sequential":
@@ -132,28 +150,48 @@ def _remedy(role: str) -> str:
 
 
 def check_inputs(config: Config, selected: list[str]) -> None:
-    """Everything that a run reads from outside is looked at before anything is written or imported."""
+    """Everything that a run reads from outside is looked at before anything is written or torch is imported.
+
+    Raises:
+        UsageError: an input that is not there (a dry run says so in its plan instead), a codec folder without a codec.
+        CheckpointProblem, DatasetError: a teacher or shards that cannot be used.
+    """
     from turbotrain.checkpoint.header import check_checkpoint
+    from turbotrain.data.shards import check_shards
 
+    variant = VARIANTS[config.model.variant]
+    latent_shape = variant.latent_shape(config.data.frames, config.data.height, config.data.width)
+    named: dict[str, Path] = {}
     for stage in selected:
-        inputs = find_inputs(config, stage, selected)
-        for role, path in inputs.items():
-            if config.run_folder in path.parents:
+        inputs = _locate(config, stage, selected)[0] if config.dry_run else find_inputs(config, stage, selected)
+        named.update({role: path for role, path in inputs.items() if config.run_folder not in path.parents})
+    for role, path in named.items():
+        if not path.exists():
+            if config.dry_run:
                 continue
-            if not path.exists():
-                raise UsageError(f"{_field(role)}={str(path)!r}: no such file or folder")
-            if role == "teacher":
-                check_checkpoint(path, variant=config.model.variant)
-            if role == "data" and not any(path.glob("*.tar")):
-                raise UsageError(f"data.path={str(path)!r}: no *.tar shards in it")
-            if role == "codec" and not (path / "vae").is_dir():
-                raise UsageError(
-                    f"{_field(role)}={str(path)!r}: no folder vae/ in it; a codec folder holds vae/, text_encoder/, tokenizer/"
-                )
+            raise UsageError(f"{_field(config, role)}={str(path)!r}: no such file or folder")
+        if role == "teacher":
+            check_checkpoint(path, variant=variant.name)
+        if role == "data":
+            check_shards(path, latent_shape)
+        if role == "codec" and not _holds_codec(path):
+            raise UsageError(
+                f"{_field(config, role)}={str(path)!r}: no codec in it; a codec folder holds vae/, text_encoder/, tokenizer/"
+            )
 
 
-def _field(role: str) -> str:
-    return {"data": "data.path", "codec": "model.codec"}.get(role, "model.teacher")
+def _holds_codec(path: Path) -> bool:
+    """A folder with a VAE in it, or a checkpoint that says where its components lie."""
+    from turbotrain.checkpoint.header import inspect_checkpoint
+
+    if (path / "vae").is_dir():
+        return True
+    return bool((inspect_checkpoint(path).metadata or {}).get("components"))
+
+
+def _field(config: Config, role: str) -> str:
+    codec = "model.codec" if config.model.codec else "model.teacher"
+    return {"data": "data.path", "codec": codec}.get(role, "model.teacher")
 
 
 # ---- one stage -----------------------------------------------------------------------------------------------------
@@ -187,7 +225,8 @@ def _run_stage(config: Config, stage: str, accelerator: Any) -> None:
     context = StageContext(stage, config, folder, inputs, accelerator)
     results: dict[str, object] = {}
     if spec.every_rank or accelerator.is_main_process:
-        results = module.run(context)
+        with _full_disk_explained(folder):
+            results = module.run(context)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish(folder, results, time.perf_counter() - started)
@@ -199,9 +238,8 @@ def _warn_of_stale_inputs(config: Config, selected: list[str]) -> None:
         folder = config.run_folder / stage
         if stage in selected or status(folder) != "done":
             continue
-        plan = plan_stage(
-            stage, folder, make_fingerprint(config, SPECS[stage].sections, find_inputs(config, stage, []))
-        )
+        inputs, _ = _locate(config, stage, [])
+        plan = plan_stage(stage, folder, make_fingerprint(config, SPECS[stage].sections, inputs))
         if plan.action == "stale":
             print(f"{stage}: stale ({plan.reason}), used as it is; add it to stages to run it again", flush=True)
 
@@ -216,7 +254,29 @@ def _announce(plan: Plan) -> None:
     print(f"{plan.stage}: {text}", flush=True)
 
 
+@contextmanager
+def _full_disk_explained(folder: Path) -> Iterator[None]:
+    """The system's own message names neither place nor remedy when a line of metrics finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"{folder}: {error.strerror}; free some space, then the same command continues where this one stopped"
+        ) from error
+
+
 # ---- the run folder ------------------------------------------------------------------------------------------------
+
+
+def _check_device(config: Config) -> None:
+    if config.launch.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("launch.device='cuda': torch sees no CUDA device here; use launch.device=cpu or auto")
 
 
 def _check_writable(root: Path) -> None:
@@ -260,7 +320,6 @@ def _dry_run(config: Config, selected: list[str], show: Callable[[str], None] = 
     import torch
 
     from turbotrain.model.attention_config import AttentionConfig
-    from turbotrain.model.variants import VARIANTS
     from turbotrain.model.wan import WanTransformer
 
     variant = VARIANTS[config.model.variant]
@@ -276,5 +335,11 @@ def _dry_run(config: Config, selected: list[str], show: Callable[[str], None] = 
     parameters = sum(p.numel() for p in network.parameters())
     show(f"{config.name}: {variant.name}, {parameters / 1e6:.2f}M parameters, latent {shape}, {tokens} tokens")
     for stage in selected:
-        inputs = find_inputs(config, stage, selected)
-        show(f"  {stage}: " + (", ".join(f"{role} <- {path}" for role, path in inputs.items()) or "no inputs"))
+        found, missing = _locate(config, stage, selected)
+        lines = [f"{role} <- {path}{_absence(config, path)}" for role, path in found.items()]
+        lines += [f"{role} <- needs {_remedy(role)}" for role in missing]
+        show(f"  {stage}: " + (", ".join(lines) or "no inputs"))
+
+
+def _absence(config: Config, path: Path) -> str:
+    return "" if config.run_folder in path.parents or path.exists() else " (not there)"

@@ -50,7 +50,7 @@ def make_fingerprint(config: Config, sections: Sequence[str], inputs: Mapping[st
     for section in sections:
         settings.update(_flatten(section, getattr(config, section)))
     for role, path in inputs.items():
-        settings[f"input/{role}"] = hash_path(path)
+        settings[f"input/{role}"] = hash_path(path) if path.exists() else "missing"
     return settings
 
 
@@ -97,6 +97,8 @@ def hash_path(path: Path) -> str:
 
 def begin(folder: Path, fingerprint: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in (*folder.glob(".tmp-*"), *folder.glob(".checkpoint.*")):  # half-written by a process that was killed
+        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     record = read_record(folder) or {"started": _now(), "seconds": 0.0}
     write_json(folder / STAGE_FILE, {**record, "status": "running", "fingerprint": fingerprint, "attempted": _now()})
 

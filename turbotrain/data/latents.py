@@ -13,24 +13,20 @@ import io
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import webdataset as wds
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from webdataset.compat import WebDataset
+from webdataset.handlers import reraise_exception
+from webdataset.writer import ShardWriter
 
 from turbotrain.checkpoint.io import load_tensor
-
-INDEX_FILE = "dataset.safetensors"
-
-
-class DatasetError(ValueError):
-    """Shards that cannot be trained on: which file, what is wrong, and what to do."""
+from turbotrain.data.shards import INDEX_FILE, REBUILD, DatasetError, check_shards
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def write_shards(
     partial.mkdir()
     try:
         count, latent_shape = 0, None
-        with wds.ShardWriter(str(partial / "train-%06d.tar"), maxcount=samples_per_shard, verbose=0) as sink:
+        with ShardWriter(str(partial / "train-%06d.tar"), maxcount=samples_per_shard, verbose=0) as sink:
             for sample in samples:
                 latent_shape = list(sample.latent_CTHW.shape)
                 sink.write(
@@ -88,32 +84,24 @@ class LatentDataset:
     """All samples of a folder of shards, in memory (float16), addressed by index.
 
     Raises:
-        DatasetError: no folder, no shards, a shard that cannot be read or is empty, a sample without its parts, or of another
-            shape than `latent_shape`.
+        DatasetError: what `check_shards` finds; a sample that is not finite or of another shape than `latent_shape`.
+        CheckpointProblem: a `.pt` that holds no tensor, or would run code.
     """
 
     def __init__(self, folder: Path, latent_shape: Sequence[int] | None = None) -> None:
         self.folder = folder
-        index = folder / INDEX_FILE
-        shards = sorted(folder.glob("*.tar"))
-        if not folder.is_dir() or not shards:
-            raise DatasetError(
-                f"data: no *.tar shards in {folder}; run the data stage, or set data.path to a folder of shards"
-            )
-        if not index.is_file():
-            raise DatasetError(
-                f"data: {index} is missing; it holds the empty prompt's embedding. Build the shards again"
-            )
+        self.facts = check_shards(folder, latent_shape)
         try:
-            with safe_open(index, framework="pt") as file:
+            with safe_open(folder / INDEX_FILE, framework="pt") as file:
                 self.negative_LD = file.get_tensor("negative_embed")
-                self.facts = json.loads((file.metadata() or {}).get("turbotrain", "{}"))
-        except Exception as error:
-            raise DatasetError(f"data: {index} cannot be read ({error}); build the shards again") from error
+        except SafetensorError as error:
+            raise DatasetError(
+                f"data: {folder / INDEX_FILE} cannot be read ({error}); build the shards again"
+            ) from error
         expected = tuple(latent_shape or self.facts["latent_shape"])
         embed_shape = tuple(self.negative_LD.shape)
         latents, embeds, self.prompts = [], [], []
-        for shard in shards:
+        for shard in sorted(folder.glob("*.tar")):
             for key, latent, embed, prompt in _read_shard(shard):
                 for part, tensor, shape in (("latent", latent, expected), ("embed", embed, embed_shape)):
                     if tuple(tensor.shape) != shape:
@@ -146,43 +134,22 @@ class LatentDataset:
 
 
 def _read_shard(shard: Path) -> Iterator[tuple[str, Tensor, Tensor, str]]:
-    """The samples of one shard, each checked to be whole."""
-    _check_tar(shard)
-    # webdataset takes URLs: an explicit scheme keeps a path with odd characters from being read as a command.
-    samples = wds.WebDataset(
-        f"file:{shard}", shardshuffle=False, handler=wds.handlers.reraise_exception, empty_check=False
+    """The samples of one shard, whose headers were checked: (key, latent, embed, prompt), tensors in float16."""
+    # An URI in a list is taken literally, whatever characters are in it; every process reads every shard.
+    samples = WebDataset(
+        [shard.absolute().as_uri()],
+        shardshuffle=False,
+        handler=reraise_exception,
+        nodesplitter=None,
+        empty_check=False,
     )
-    found = 0
-    try:
-        for sample in samples:
-            key = sample["__key__"]
-            missing = [part for part in ("latent.pt", "embed.pt", "prompt.txt") if part not in sample]
-            if missing:
-                raise DatasetError(f"data: {shard.name}, sample {key}: no {', '.join(missing)}; build the shard again")
-            latent, embed = (
-                load_tensor(sample[part], f"{shard.name}, sample {key}") for part in ("latent.pt", "embed.pt")
-            )
-            if not torch.isfinite(latent).all():
-                raise DatasetError(
-                    f"data: {shard.name}, sample {key}: the latent holds NaN or Inf; build the shard again"
-                )
-            found += 1
-            yield key, latent.half(), embed.half(), sample["prompt.txt"].decode()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DatasetError(f"data: {shard} is not a readable tar ({error}); build or copy the shard again") from error
-    if not found:
-        raise DatasetError(f"data: {shard} holds no samples; remove it, or build the shards again")
-
-
-def _check_tar(shard: Path) -> None:
-    """A truncated tar ends silently for a streaming reader, so its last member is checked against the file's length."""
-    try:
-        with tarfile.open(shard) as archive:
-            members = archive.getmembers()
-    except tarfile.TarError as error:
-        raise DatasetError(f"data: {shard} is not a readable tar ({error}); build or copy the shard again") from error
-    if members and members[-1].offset_data + members[-1].size > shard.stat().st_size:
-        raise DatasetError(f"data: {shard} is truncated in {members[-1].name}; build or copy the shard again")
+    for sample in samples:
+        where = f"data: {shard}, sample {sample['__key__']}"
+        latent, embed = (load_tensor(sample[part], where).half() for part in ("latent.pt", "embed.pt"))
+        for part, tensor in (("latent", latent), ("embed", embed)):
+            if not torch.isfinite(tensor).all():
+                raise DatasetError(f"{where}: the {part} holds NaN, Inf or numbers too large for float16; {REBUILD}")
+        yield sample["__key__"], latent, embed, sample["prompt.txt"].decode()
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:

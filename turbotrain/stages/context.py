@@ -13,10 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from turbotrain.checkpoint.io import load_transformer
+from turbotrain.checkpoint.layouts import describe
 from turbotrain.config import Config, LoopSection, RcmSection, TimeSection
 from turbotrain.data.latents import Batch, LatentDataset
 from turbotrain.diffusion.times import sample_lognormal, sample_uniform_shift
 from turbotrain.model.variants import VARIANTS, Variant
+from turbotrain.model.wan import WanTransformer
 from turbotrain.training.loop import LoopSettings
 from turbotrain.training.seeding import StepRandom, derive_seed, epoch_order
 
@@ -64,6 +67,21 @@ class StageContext:
 
     def dataset(self) -> LatentDataset:
         return LatentDataset(self.inputs["data"], self.latent_shape).to(self.device)
+
+    def load(self, role: str, device: torch.device | str = "cpu") -> WanTransformer:
+        """The network of one input, in float32.
+
+        Raises:
+            CheckpointProblem: not a checkpoint that loads.
+            ValueError: of other dimensions than the variant's (a pickle shows its own only now).
+        """
+        network = load_transformer(self.inputs[role], device=device, dtype=torch.float32)
+        if network.config != self.variant.config:
+            raise ValueError(
+                f"{self.inputs[role]} holds {describe(network.config)}, but model.variant={self.variant.name} expects "
+                f"{describe(self.variant.config)}; name another checkpoint or the variant that fits"
+            )
+        return network
 
     def loop_settings(self, section: LoopSection | RcmSection) -> LoopSettings:
         return LoopSettings(

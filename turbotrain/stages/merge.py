@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from turbotrain.checkpoint.io import load_transformer
 from turbotrain.stages.artifacts import attention_config, sampler_settings, write_model
 from turbotrain.stages.context import StageContext
 
 
 def run(context: StageContext) -> dict[str, object]:
-    teacher, sla, rcm = (
-        load_transformer(context.inputs[role], dtype=torch.float32) for role in ("teacher", "sla", "rcm")
-    )
+    teacher, sla, rcm = (context.load(role) for role in ("teacher", "sla", "rcm"))
     before, trained, distilled = teacher.state_dict(), sla.state_dict(), rcm.state_dict()
     weight = context.config.merge.weight
     only_sla = sorted(trained.keys() - distilled.keys())

@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from turbotrain.checkpoint.io import load_transformer
 from turbotrain.config import PhaseSection
 from turbotrain.data.latents import Batch
 from turbotrain.diffusion.guidance import guided
@@ -42,7 +41,7 @@ class RcmTask:
         self.section = section
         self.sampler = context.config.sampler
         self.source = BatchSource(context, context.dataset(), section.batch_size)
-        self.teacher = load_transformer(context.inputs["teacher"], device=context.device, dtype=torch.float32)
+        self.teacher = context.load("teacher", context.device)
         self.teacher.requires_grad_(False)
         self.network = student_network(context)
         student = make_role(
@@ -51,7 +50,7 @@ class RcmTask:
         self.roles = {"student": student}
         self.average = PowerEMA(self.network, rate=section.ema_rate)
         if any(phase.dmd for phase in section.phases):
-            fake = load_transformer(context.inputs["teacher"], dtype=torch.float32)
+            fake = context.load("teacher")
             self.roles["critic"] = make_role(
                 context.accelerator, "critic", fake, section.critic_optim, section.steps, context.checkpointing
             )
@@ -67,7 +66,9 @@ class RcmTask:
         metrics: dict[str, Tensor] = {}
         if phase.cm != "none":
             out = self._consistency_loss(phase, step, batch, random, student)
-            terms[phase.cm] = out.loss
+            # With every sample dropped nothing is learnt: a bad step, not one whose loss happens to be zero.
+            lost = int(out.metrics.get("dropped", 0)) == len(batch.prompts)
+            terms[phase.cm] = out.loss * float("nan") if lost else out.loss
             metrics.update(out.metrics)
         if dmd_step is not None:
             out = self._score_loss(batch, random, student)
@@ -165,8 +166,8 @@ def student_network(context: StageContext) -> WanTransformer:
     """sequential: the SLA stage's network. joint: the teacher with SLA whose projection starts at zero. merge: the dense
     teacher; SLA's weights are added afterwards."""
     if "sla" in context.inputs:
-        return load_transformer(context.inputs["sla"], dtype=torch.float32)
-    network = load_transformer(context.inputs["teacher"], dtype=torch.float32)
+        return context.load("sla")
+    network = context.load("teacher")
     if context.config.rcm.composition != "merge":
         network.set_attention(attention_config(context.config))
     return network

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from turbotrain.checkpoint.io import load_transformer
 from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching, sla_alignment
 from turbotrain.stages.artifacts import attention_config, sample_strips, write_model
@@ -24,9 +22,9 @@ class SlaTask:
         section = context.config.sla
         self.section = section
         self.source = BatchSource(context, context.dataset(), section.batch_size)
-        self.network = load_transformer(context.inputs["teacher"], dtype=torch.float32)
+        self.network = context.load("teacher")
         self.network.set_attention(attention_config(context.config))
-        self.teacher = load_transformer(context.inputs["teacher"], device=context.device, dtype=torch.float32)
+        self.teacher = context.load("teacher", context.device)
         self.teacher.requires_grad_(False)
         self.roles = {
             "student": make_role(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from turbotrain.checkpoint.io import load_transformer
 from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching
 from turbotrain.model.wan import WanTransformer
@@ -52,7 +51,7 @@ class TeacherTask:
 def initial_network(context: StageContext) -> WanTransformer:
     """The network to train: `model.teacher` if the recipe names one, else the variant at random."""
     if "teacher" in context.inputs:
-        return load_transformer(context.inputs["teacher"], dtype=torch.float32)
+        return context.load("teacher")
     torch.manual_seed(derive_seed(context.seed, "initial weights"))
     return WanTransformer(context.variant.config)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +35,8 @@ class StepLoss:
 
 
 class Task(Protocol):
-    roles: Mapping[str, Role]
+    @property
+    def roles(self) -> Mapping[str, Role]: ...
 
     def loss(self, step: int) -> StepLoss: ...
 
@@ -119,5 +120,5 @@ def _averaged(accelerator: Accelerator, metrics: Mapping[str, Tensor | float]) -
     names = list(metrics)
     flat = torch.stack([torch.as_tensor(metrics[n], dtype=torch.float64, device=accelerator.device) for n in names])
     if accelerator.num_processes > 1:
-        flat = accelerator.reduce(flat, reduction="mean")
+        flat = cast(Tensor, accelerator.reduce(flat, reduction="mean"))
     return dict(zip(names, flat.tolist(), strict=True))

@@ -6,10 +6,12 @@ alternating updates never touch the other's gradients.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -22,16 +24,9 @@ from turbotrain.training.optim import learning_rate, make_optimizer
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """One Accelerator for the run; under torchrun or `accelerate launch` it joins the process group.
-
-    Raises:
-        RuntimeError: launch.device=cuda where torch sees no GPU.
-    """
-    device = config.launch.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("launch.device='cuda': torch sees no CUDA device here; use launch.device=cpu or auto")
+    """One Accelerator for the run; under torchrun or `accelerate launch` it joins the process group."""
     torch.set_float32_matmul_precision(config.launch.matmul_precision)
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    on_cpu = config.launch.device == "cpu" or not torch.cuda.is_available()
     handlers: list = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Stages that only the first process runs (evaluation, say) keep the others waiting for longer than the default.
@@ -77,12 +72,15 @@ def make_role(
 def update(accelerator: Accelerator, role: Role, loss: Tensor) -> tuple[float, bool]:
     """One optimiser step on `loss`; returns the gradient norm and whether the step was taken.
 
-    A norm that is not finite leaves weights and optimiser state untouched. Gradients are averaged over the processes
-    before the norm is taken, so every rank decides alike.
+    A loss or norm that is not finite leaves weights and optimiser state untouched. Both are taken over all processes, so
+    every rank decides alike.
     """
     accelerator.backward(loss)
     norm = float(accelerator.clip_grad_norm_(role.module.parameters(), role.grad_clip) or 0.0)
-    finite = bool(torch.isfinite(torch.tensor(norm)))
+    whole = loss.detach()
+    if accelerator.num_processes > 1:
+        whole = cast(Tensor, accelerator.reduce(whole, reduction="sum"))
+    finite = math.isfinite(norm) and math.isfinite(float(whole))
     if finite:
         for group in role.optimizer.param_groups:
             group["lr"] = role.rate(role.updates)

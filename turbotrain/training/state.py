@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,11 +24,16 @@ PREFIX = "step_"
 
 
 def save_state(folder: Path, step: int, roles: Mapping[str, Role], extra: Mapping[str, Tensor], keep: int) -> None:
-    """Write the state after `step` updates of the loop, then drop all but the newest `keep`."""
+    """Write the state after `step` updates of the loop, then drop all but the newest `keep`.
+
+    Raises:
+        OSError: it could not be written; the states before it are as they were.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob(".tmp-*"):  # of a process that was killed: only one writes here
+        shutil.rmtree(torn, ignore_errors=True)
     final = folder / f"{PREFIX}{step:08d}"
     partial = folder / f".tmp-{final.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         counters = {"step": step, "updates": {name: role.updates for name, role in roles.items()}}
@@ -40,6 +46,10 @@ def save_state(folder: Path, step: int, roles: Mapping[str, Role], extra: Mappin
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{final}: the training state could not be written ({error}); free some space, then the same command continues"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in saved_steps(folder)[:-keep]:

@@ -1,0 +1,38 @@
+"""What every test runs under: one thread (results do not depend on the machine), and memory that is NaN until written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+import pytest
+import torch
+from torch import Tensor
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrapped(*args: object, **kwargs: object) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        # 8-bit floats cannot be filled everywhere, and are always the result of a conversion.
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.itemsize > 1 else tensor
+
+    return wrapped
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory reads as NaN, so that a result which was never written cannot pass by luck."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
