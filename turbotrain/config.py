@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -274,13 +275,19 @@ def validate(config: Config) -> None:
     _choice("launch.device", config.launch.device, ("auto", "cpu", "cuda"))
     _choice("launch.mixed_precision", config.launch.mixed_precision, ("no", "bf16"))
     if config.launch.mixed_precision == "bf16" and config.rcm.tangent == "finite_difference":
-        reject("rcm.tangent", "finite_difference", "bf16 cannot resolve any step h; use rcm.tangent=jvp or mixed_precision=no")
+        reject(
+            "rcm.tangent",
+            "finite_difference",
+            "bf16 cannot resolve any step h; use rcm.tangent=jvp or mixed_precision=no",
+        )
     _choice("launch.matmul_precision", config.launch.matmul_precision, ("highest", "high"))
     _at_least("launch.keep_last", config.launch.keep_last, 1)
     _at_least("logging.log_every", config.logging.log_every, 1)
     _at_least("seed", config.seed, 0)
     for tracker in config.logging.trackers:
         _choice("logging.trackers", tracker, ("wandb", "tensorboard"))
+        if find_spec(tracker) is None:
+            reject("logging.trackers", tracker, f"{tracker} is not installed: pip install {tracker}")
 
 
 def _check_stages(config: Config) -> None:

@@ -13,14 +13,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turbotrain.compose import UsageError
 from turbotrain.config import STAGES, Config, resolve
 from turbotrain.model.variants import VARIANTS
-from turbotrain.records import Plan, begin, finish, make_fingerprint, plan_stage, set_aside, status
+from turbotrain.records import Plan, begin, finish, flatten, make_fingerprint, plan_stage, set_aside, status
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def run_recipe(config: Config) -> None:
         if accelerator.is_main_process:
             _write_config(config, root)
             if config.logging.trackers:
-                accelerator.init_trackers(config.logging.project, config=asdict(config))
+                flat = {key: str(value) for key, value in flatten(config)}
+                in_run_folder = {"wandb": {"dir": str(root), "name": config.name}}
+                accelerator.init_trackers(config.logging.project, config=flat, init_kwargs=in_run_folder)
             _warn_of_stale_inputs(config, selected)
         for stage in selected:
             _run_stage(config, stage, accelerator)

@@ -48,17 +48,18 @@ def make_fingerprint(config: Config, sections: Sequence[str], inputs: Mapping[st
     """Flat {setting: value} and {input/role: hash}: everything that shapes the stage's result."""
     settings: dict[str, Any] = {"seed": config.seed, "model.variant": config.model.variant}
     for section in sections:
-        settings.update(_flatten(section, getattr(config, section)))
+        settings.update(flatten(getattr(config, section), section))
     for role, path in inputs.items():
         settings[f"input/{role}"] = hash_path(path) if path.exists() else "missing"
     return settings
 
 
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every setting below `value` that shapes results."""
     if is_dataclass(value) and not isinstance(value, type):
         for name, inner in vars(value).items():
             if name not in NOT_IN_FINGERPRINT:
-                yield from _flatten(f"{prefix}.{name}", inner)
+                yield from flatten(inner, f"{prefix}.{name}" if prefix else name)
     elif isinstance(value, list) and any(is_dataclass(item) for item in value):
         yield prefix, [asdict(item) for item in value]
     else:

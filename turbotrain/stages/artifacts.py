@@ -115,12 +115,12 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
     pipe = make_pipeline(context, network, meta)
     prompts = context.dataset().prompts[:SAMPLES]
     teacher = context.config.sampler.teacher
-    settings = {"steps": teacher.steps, "guidance": teacher.guidance, "shift": teacher.shift}
+    settings: dict[str, Any] = {"steps": teacher.steps, "guidance": teacher.guidance, "shift": teacher.shift}
     data = context.config.data
 
     def sample(done: int) -> None:
         was_training = network.training
-        how = settings if mode == "teacher" else {"steps": 4}
+        how: dict[str, Any] = settings if mode == "teacher" else {"steps": 4}
         result = pipe(prompts, mode=mode, seed=0, width=data.width, height=data.height, frames=data.frames, **how)
         network.train(was_training)
         folder = context.folder / "samples"
