@@ -27,7 +27,7 @@ demo: setup ## SLA, rCM, W8A8 and a report from the shipped teacher, on this mac
 	@echo "report: outputs/shapes/report.html"
 
 test: setup lint ## everything that CI checks
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 lint: setup ## style, types, import contract
 	$(VENV)/bin/ruff check .
