@@ -10,8 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 torch.set_num_threads(1)
+# `with torch.device("meta")` recognises constructors by identity and remembers them at its first use: let it see the real
+# torch.empty, or networks of 14B parameters are built in memory while it is replaced below.
+_device_constructors()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
