@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -43,7 +44,7 @@ def test_latents_and_tokens_of_the_defaults() -> None:
     tokens = {}
     for name, variant in VARIANTS.items():
         _, t, h, w = variant.latent_shape(variant.frames, variant.height, variant.width)
-        tokens[name] = t * h * w // 4
+        tokens[name] = t * h * w // math.prod(variant.config.patch_size)
     assert tokens["wan2.1_t2v_1.3b"] == 32_760
     assert tokens["wan2.2_i2v_a14b"] == 75_600
     assert tokens["wan2.2_ti2v_5b"] == 27_280

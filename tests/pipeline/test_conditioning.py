@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import random_network
+from tiny import LATENT, random_network
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from turbotrain.conditioning import (
@@ -25,7 +25,6 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant
 from turbotrain.pipeline import TurboPipeline
 
-SHAPE = (6, 4, 16, 16)
 PROMPT = "a small red circle moves left slowly on a black background"
 
 
@@ -37,7 +36,7 @@ def picture(height: int = 64, width: int = 64, level: int = 200) -> np.ndarray:
 
 def tiny_variant(kind: str, image_dim: int | None = None) -> Variant:
     base = VARIANTS["shapes"]
-    channels = 6 + 4 + 6 if kind == "i2v" else 6
+    channels = LATENT[0] + 4 + LATENT[0] if kind == "i2v" else LATENT[0]
     return replace(base, config=replace(base.config, model_type=kind, in_channels=channels, image_dim=image_dim))
 
 
@@ -47,9 +46,9 @@ def pipeline_of(pipe: TurboPipeline, variant: Variant, components: dict[str, str
 
 
 def test_i2v_gets_a_mask_and_the_latent_of_the_padded_clip(pipe: TurboPipeline) -> None:
-    found = condition_on_image(tiny_variant("i2v"), pipe.codec, picture(), SHAPE)
+    found = condition_on_image(tiny_variant("i2v"), pipe.codec, picture(), LATENT)
     assert found.y_BCTHW is not None
-    assert found.y_BCTHW.shape == (1, 4 + 6, 4, 16, 16)
+    assert found.y_BCTHW.shape == (1, 4 + LATENT[0], *LATENT[1:])
     mask_BCTHW, latent_BCTHW = found.y_BCTHW[:, :4], found.y_BCTHW[:, 4:]
     assert (mask_BCTHW[:, :, 0] == 1).all()
     assert (mask_BCTHW[:, :, 1:] == 0).all()
@@ -95,10 +94,10 @@ def test_clip_tokens_reach_the_network(pipe: TurboPipeline, tmp_path: Path) -> N
 
 def test_image_and_variant_must_fit(pipe: TurboPipeline) -> None:
     with pytest.raises(ValueError, match="image is missing: variant shapes starts from an image"):
-        condition_on_image(tiny_variant("i2v"), pipe.codec, None, SHAPE)
+        condition_on_image(tiny_variant("i2v"), pipe.codec, None, LATENT)
     with pytest.raises(ValueError, match="image input needs an i2v variant"):
-        condition_on_image(tiny_variant("t2v"), pipe.codec, picture(), SHAPE)
-    assert condition_on_image(tiny_variant("ti2v"), pipe.codec, None, SHAPE) == Conditioning()
+        condition_on_image(tiny_variant("t2v"), pipe.codec, picture(), LATENT)
+    assert condition_on_image(tiny_variant("ti2v"), pipe.codec, None, LATENT) == Conditioning()
 
 
 def test_images_are_read_from_paths_arrays_and_pil(tmp_path: Path) -> None:

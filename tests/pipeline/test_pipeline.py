@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import random_network, write_components
+from tiny import LATENT, random_network, write_components
 
 from turbotrain.checkpoint import CheckpointMeta, save_checkpoint
 from turbotrain.diffusion.guidance import guided, switch_experts
@@ -32,7 +32,7 @@ def test_a_string_gives_a_video_and_a_list_gives_a_list(pipe: TurboPipeline) -> 
     one = pipe(PROMPTS[0], steps=1)
     assert one.frames.shape == (13, 64, 64, 3)
     assert one.frames.dtype == np.uint8
-    assert one.latents.shape == (1, 6, 4, 16, 16)
+    assert one.latents.shape == (1, *LATENT)
     assert set(one.timings) == {"text", "dit", "vae", "dit_steps"}
     assert len(pipe(PROMPTS[:2], steps=2).timings["dit_steps"]) == 2
     assert isinstance(pipe(PROMPTS[:1], steps=1).frames, list)
@@ -61,7 +61,7 @@ def test_videos_depend_on_seed_and_prompt(pipe: TurboPipeline) -> None:
 def test_turbo_mode_is_the_turbo_sampler_with_the_checkpoints_settings(pipe: TurboPipeline) -> None:
     context_BLD = pipe.text_encoder.encode(PROMPTS[:1])
     generators = seeded_generators([3], "cpu")
-    noise_BCTHW = draw_noise((1, 6, 4, 16, 16), generators)
+    noise_BCTHW = draw_noise((1, *LATENT), generators)
     velocity = bind(pipe.experts[0], context_BLD)
     times = [math.atan(80.0), 1.5, 1.4, 1.0]
     expected = sample_turbo(velocity, noise_BCTHW, steps=4, times=times, generators=generators)
@@ -72,7 +72,7 @@ def test_turbo_mode_is_the_turbo_sampler_with_the_checkpoints_settings(pipe: Tur
 
 def test_teacher_mode_is_guided_with_the_variants_settings(pipe: TurboPipeline) -> None:
     context_BLD, negative_BLD = pipe.text_encoder.encode(PROMPTS[:1]), pipe.text_encoder.encode([""])
-    noise_BCTHW = draw_noise((1, 6, 4, 16, 16), seeded_generators([3], "cpu"))
+    noise_BCTHW = draw_noise((1, *LATENT), seeded_generators([3], "cpu"))
     velocity = guided(bind(pipe.experts[0], context_BLD), bind(pipe.experts[0], negative_BLD), 3.0)
     expected = sample_teacher(velocity, noise_BCTHW, steps=3, shift=3.0, solver="unipc", grid="wan")
     assert torch.equal(pipe(PROMPTS[0], seed=3, mode="teacher", steps=3).latents, expected)
@@ -134,7 +134,7 @@ def test_two_experts_share_the_work_at_the_boundary(tmp_path: Path, monkeypatch:
     pipe = TurboPipeline.from_checkpoint(tmp_path / "two", "cpu", components={name: name for name in parts})
 
     context_BLD, negative_BLD = pipe.encode_prompts(PROMPTS[:1]), pipe.encode_prompts([""])
-    noise = draw_noise((1, 6, 4, 16, 16), seeded_generators([0], "cpu"))
+    noise = draw_noise((1, *LATENT), seeded_generators([0], "cpu"))
     high, low = (network.eval() for network in networks)
     turbo = switch_experts(bind(high, context_BLD), bind(low, context_BLD), 0.9)
     assert torch.equal(
@@ -172,7 +172,7 @@ def test_int8_layers_stay_int8_and_read_back(pipe: TurboPipeline, checkpoint: Pa
     other = pipe.with_networks([network])
     float_latents = other(PROMPTS[0], steps=2).latents
     context_BLD = pipe.encode_prompts(PROMPTS[:1])
-    quantize_transformer(network, [lambda model: other.sample(context_BLD, [0], (6, 4, 16, 16), steps=2)], alphas=())
+    quantize_transformer(network, [lambda model: other.sample(context_BLD, [0], LATENT, steps=2)], alphas=())
     expected = other(PROMPTS[0], steps=2).latents
     assert 0 < (expected - float_latents).norm() / float_latents.norm() < 0.2
     assert pipe.meta is not None
@@ -186,7 +186,7 @@ def test_int8_layers_stay_int8_and_read_back(pipe: TurboPipeline, checkpoint: Pa
 
 def test_a_vae_of_other_channels_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     write_components(tmp_path, channels=4)
-    with pytest.raises(ValueError, match=r"gives 4 latent channels, but .* was trained on 6"):
+    with pytest.raises(ValueError, match=r"gives 4 latent channels, but .* was trained on 24"):
         TurboPipeline.from_checkpoint(checkpoint, "cpu", components={"vae": str(tmp_path / "vae")})
 
 

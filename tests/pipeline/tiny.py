@@ -16,10 +16,12 @@ from turbotrain.model.variants import VARIANTS, WanConfig
 from turbotrain.model.wan import WanTransformer
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
+SHAPES = VARIANTS["shapes"]
+LATENT = SHAPES.latent_shape(SHAPES.frames, SHAPES.height, SHAPES.width)
 
 
-def write_components(folder: Path, text_dim: int = 64, channels: int = 6) -> dict[str, str]:
-    """VAE of stride (4, 4, 4), umT5 encoder and word tokenizer with random weights."""
+def write_components(folder: Path, text_dim: int = 64, channels: int = LATENT[0]) -> dict[str, str]:
+    """VAE of stride (4, 8, 8), umT5 encoder and word tokenizer with random weights."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=8,
@@ -29,6 +31,10 @@ def write_components(folder: Path, text_dim: int = 64, channels: int = 6) -> dic
         temperal_downsample=[True, True],
         latents_mean=[0.0] * channels,
         latents_std=[1.0] * channels,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
     )
     vae.save_pretrained(folder / "vae")
     words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *vocabulary()])}
