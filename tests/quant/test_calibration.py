@@ -59,7 +59,9 @@ def test_smoothing_vector_balances() -> None:
 
 
 def test_noise_ratio_against_float64() -> None:
-    x, weight = torch.randn(64, 40), torch.randn(16, 40)
+    # Seeded: three draws in a thousand hold a weight so near a rounding tie that float32 and float64 round it apart.
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 40, generator=generator), torch.randn(16, 40, generator=generator)
     x[0] = 0
     ratio = noise_ratio(x, weight, "int8_channel")
     exact = x.double() @ weight.double().t()
