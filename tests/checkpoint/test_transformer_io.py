@@ -130,6 +130,9 @@ def test_layouts_name_what_they_cannot_hold() -> None:
         to_layout({"blocks.0.gate.weight": torch.zeros(1)}, "diffusers")
     with pytest.raises(ValueError, match="choose one of"):
         to_layout({}, "comfy")
+    # Its patch embedding is a matrix, which readers take for patches of (1, 2, 2).
+    with pytest.raises(ValueError, match=r"patches of \(1, 2, 2\) only, this network's are \(1, 1, 1\)"):
+        to_layout({"patch_embedding.weight": torch.zeros(8, 4, 1, 1, 1)}, "turbodiffusion")
 
 
 def test_heads_come_from_config_json(tmp_path: Path) -> None:

@@ -117,6 +117,11 @@ def to_layout(state: Mapping[str, Any], layout: str) -> dict[str, Any]:
         if theirs is None:
             raise ValueError(f"layout={layout!r} has no name for {name}")
         flatten = layout == "turbodiffusion" and name == turbodiffusion.FLATTENED
+        if flatten and tuple(value.shape[2:]) != turbodiffusion.PATCH_SIZE:
+            raise ValueError(
+                f"layout='turbodiffusion' keeps patches of {turbodiffusion.PATCH_SIZE} only, this network's are "
+                f"{tuple(value.shape[2:])}: choose official or diffusers"
+            )
         renamed[theirs] = value.reshape(value.shape[0], -1) if flatten else value
     return renamed
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import ftfy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from turbotrain.codecs.folders import reading, require_complete
 
 
 class TextEncoder:
@@ -36,20 +39,20 @@ class TextEncoder:
         """Load a transformers umT5 folder and its tokenizer's (or hub ids).
 
         Raises:
-            ValueError: a folder cannot be read.
+            ValueError: a folder cannot be read, or weights are missing from it.
         """
-        try:
-            encoder = UMT5EncoderModel.from_pretrained(str(path), dtype=dtype or torch.float32)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"text_encoder={str(path)!r}: no readable umT5 folder ({reason})") from error
-        try:
+        with reading("text_encoder", path, "umT5"):
+            loaded: Any = UMT5EncoderModel.from_pretrained(
+                str(path), dtype=dtype or torch.float32, output_loading_info=True
+            )
+            encoder, info = cast(tuple[UMT5EncoderModel, dict[str, Any]], loaded)  # annotated for the call without info
+            require_complete(info)
+        with reading("tokenizer", tokenizer_path, "tokenizer"):
             # AutoTokenizer on a folder: T5TokenizerFast(vocab_file=...) of transformers 5 gives unknown tokens only.
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"tokenizer={str(tokenizer_path)!r}: no readable tokenizer folder ({reason})") from error
-        return cls(encoder.to(device), tokenizer, text_len)  # type: ignore[arg-type]  # transformers' own stub
+        nn.Module.to(encoder, device)  # transformers' decorator hides the signature of its own `to`
+        # AutoTokenizer is annotated with every backend there is; what it returns for a folder is one of this base.
+        return cls(encoder, cast(PreTrainedTokenizerBase, tokenizer), text_len)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

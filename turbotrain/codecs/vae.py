@@ -9,10 +9,14 @@ Legend: B batch, T frames, H, W pixels, C channels (frames: 3, latents: z_dim); 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from turbotrain.codecs.folders import reading, require_complete
 
 
 class VideoCodec:
@@ -20,7 +24,7 @@ class VideoCodec:
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae.eval().requires_grad_(False)
-        config = vae.config
+        config: Any = vae.config  # diffusers' frozen dictionary, whose entries are also attributes
         spatial = 2 ** (len(config.dim_mult) - 1) * (config.patch_size or 1)
         self.stride = (2 ** sum(config.temperal_downsample), spatial, spatial)
         self.latent_channels: int = config.z_dim
@@ -33,14 +37,16 @@ class VideoCodec:
         """Load a diffusers VAE folder (or hub id).
 
         Raises:
-            ValueError: the folder holds no `AutoencoderKLWan`.
+            ValueError: the folder holds no `AutoencoderKLWan`, or weights are missing from it.
         """
-        try:
-            vae = AutoencoderKLWan.from_pretrained(str(path), torch_dtype=dtype or torch.float32)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"vae={str(path)!r}: no readable AutoencoderKLWan folder ({reason})") from error
-        return cls(vae.to(device))  # type: ignore[arg-type]  # from_pretrained's return type is too wide
+        with reading("vae", path, "AutoencoderKLWan"):
+            loaded: Any = AutoencoderKLWan.from_pretrained(
+                str(path), torch_dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
+            )
+            vae, info = cast(tuple[AutoencoderKLWan, dict[str, Any]], loaded)  # annotated for the call without info
+            require_complete(info)
+        nn.Module.to(vae, device)  # diffusers' decorator hides the signature of its own `to`
+        return cls(vae)
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +73,8 @@ class VideoCodec:
             given = f"{tuple(frames_BTHWC.shape)} {frames_BTHWC.dtype}"
             raise ValueError(f"frames are {given}: expected uint8 (B, T, H, W, 3)")
         self.latent_shape(*frames_BTHWC.shape[1:4])
-        posterior = self.vae.encode(frames_to_pixels(frames_BTHWC.to(self.device), self.vae.dtype)).latent_dist
-        return (posterior.mode().float() - self._mean) / self._std
+        pixels_BCTHW = frames_to_pixels(frames_BTHWC.to(self.device), self.vae.dtype)
+        return (posterior(self.vae, pixels_BCTHW).mode().float() - self._mean) / self._std
 
     @torch.no_grad()
     def decode(self, latents_BCTHW: Tensor) -> Tensor:
@@ -76,7 +82,17 @@ class VideoCodec:
         if latents_BCTHW.ndim != 5 or latents_BCTHW.shape[1] != self.latent_channels:
             raise ValueError(f"latents are {tuple(latents_BCTHW.shape)}: expected (B, {self.latent_channels}, T, H, W)")
         latents = latents_BCTHW.to(self.device).float() * self._std + self._mean
-        return pixels_to_frames(self.vae.decode(latents.to(self.vae.dtype)).sample)
+        return pixels_to_frames(reconstruct(self.vae, latents.to(self.vae.dtype)))
+
+
+def posterior(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> DiagonalGaussianDistribution:
+    """What the VAE makes of pixels in [-1, 1]: a Gaussian over latents (B, C, T', H', W') that are not normalised yet."""
+    return vae.encode(pixels_BCTHW, return_dict=False)[0]
+
+
+def reconstruct(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
+    """Pixels (B, 3, T, H, W), about [-1, 1], of latents that are not normalised."""
+    return cast(tuple[Tensor], vae.decode(latents_BCTHW, return_dict=False))[0]  # the annotation forgets this tuple
 
 
 def frames_to_pixels(frames_BTHWC: Tensor, dtype: torch.dtype) -> Tensor:

@@ -134,7 +134,7 @@ def _alternatives(values: Sequence[str]) -> str:
 
 
 _OBJECT = re.compile(
-    r"\ban? "
+    r"\ba "
     + " ".join(_alternatives(ATTRIBUTES[name]) for name in ("size", "colour", "shape"))
     + f" (?:{'|'.join(VERBS)}) "
     + " ".join(_alternatives(ATTRIBUTES[name]) for name in ("direction", "speed"))
@@ -148,17 +148,19 @@ def parse_caption(caption: str) -> Scene:
     text = " ".join(caption.lower().split())
     found = _OBJECT.findall(text)
     where = _BACKGROUND.findall(text)
-    if len(found) not in (1, 2) or len(where) != 1:
-        example = ObjectSpec("circle", "red", "small", "left", "slowly").phrase()
-        raise ValueError(
-            f"caption={caption!r}: expected one or two objects and one background, such as "
-            f"'{example} on a black background' (words: {', '.join(vocabulary())})"
-        )
     objects = tuple(
         ObjectSpec(shape=shape, colour=colour, size=size, direction=direction, speed=speed)
         for size, colour, shape, direction, speed in found
     )
-    return Scene(objects, where[0])
+    if len(objects) in (1, 2) and len(where) == 1 and len({spec.colour for spec in objects}) == len(objects):
+        scene = Scene(objects, where[0])
+        if text in {scene.caption(verb, first) for verb in VERBS for first in (False, True)}:
+            return scene
+    example = ObjectSpec("circle", "red", "small", "left", "slowly").phrase()
+    raise ValueError(
+        f"caption={caption!r}: expected one or two objects of different colours and one background, such as "
+        f"'{example} on a black background' (words: {', '.join(vocabulary())})"
+    )
 
 
 def sample_clip(index: int, seed: int = 0, split: str = "train") -> Clip:
@@ -232,7 +234,7 @@ def _choose(values: Sequence[str], unit: float) -> str:
 
 
 def _place_axis(low: float, high: float, draw_unit: Iterator[float]) -> float:
-    """A start coordinate: first one of the grid's bands that the range reaches, then a place in it, so that all bands count alike."""
+    """A start coordinate: one of the grid's bands that the range reaches, then a place in it. So all bands count alike."""
     edge = SIZE / GRID
     bands = [(max(low, i * edge), min(high, (i + 1) * edge)) for i in range(GRID)]
     bands = [(first, last) for first, last in bands if last - first >= 1.0]

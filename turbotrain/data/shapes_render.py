@@ -4,7 +4,8 @@ A shape is a signed distance in units of pixels; its coverage of a pixel is the 
 exact for straight edges along the axes and within a few grey levels elsewhere. Only a small window around each object is
 computed, so a thousand clips take a few seconds on one core.
 
-Shape suffixes: B clips, K object-frames (objects x frames), T frames, H rows, W columns, C colour channels, P window rows/columns.
+Shape suffixes: B clips, K centres of one object (one a frame), T frames, H rows, W columns, C colour channels, P window rows or
+columns.
 Coordinates are (y, x) in pixels; pixel i covers [i, i + 1), so its centre lies at i + 0.5.
 """
 

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from turbotrain.codecs.text import TextEncoder
-from turbotrain.codecs.vae import VideoCodec, frames_to_pixels
+from turbotrain.codecs.vae import VideoCodec, frames_to_pixels, posterior, reconstruct
 from turbotrain.data.shapes import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -119,11 +120,10 @@ class Reconstruction(nn.Module):
         self.vae = vae
 
     def forward(self, pixels_BCTHW: Tensor, weight_B1THW: Tensor) -> Tensor:
-        posterior = self.vae.encode(pixels_BCTHW).latent_dist
-        again = self.vae.decode(posterior.sample()).sample.float()
-        error = again - pixels_BCTHW
+        latents = posterior(self.vae, pixels_BCTHW)
+        error = reconstruct(self.vae, latents.sample()).float() - pixels_BCTHW
         loss = (weight_B1THW * (3 * error.square() + 0.3 * error.abs())).mean()
-        return loss + KL_WEIGHT * posterior.kl().float().mean()
+        return loss + KL_WEIGHT * latents.kl().float().mean()
 
 
 def object_weight(pixels_BCTHW: Tensor) -> Tensor:
@@ -139,14 +139,16 @@ def train_vae(
     """Train the VAE to reconstruct; then measure the latents' mean and spread."""
     clips = render_parallel(min(POOL, steps * batch_size), seed)
     pool = torch.from_numpy(clips).to(device)
-    vae = tiny_vae().to(device)
+    vae = tiny_vae()
+    nn.Module.to(vae, device)  # diffusers' decorator hides the signature of its own `to`
     objective: nn.Module = Reconstruction(vae)
     if device.type == "cuda":
         # A small VAE is thousands of tiny kernels: replaying a graph of them is several times faster than launching them.
         torch.backends.cudnn.benchmark = True
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             sample = frames_to_pixels(pool[:batch_size], torch.float32)
-            objective = torch.cuda.make_graphed_callables(objective, (sample, object_weight(sample)))
+            graphed = torch.cuda.make_graphed_callables(objective, (sample, object_weight(sample)))
+            objective = cast(nn.Module, graphed)  # of a module it makes a module
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(steps))
     generator = torch.Generator().manual_seed(derive_seed(seed, "vae batches"))
@@ -174,7 +176,7 @@ def _warm_cosine(steps: int) -> Callable[[int], float]:
 @torch.no_grad()
 def _latent_statistics(vae: AutoencoderKLWan, frames_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
     """Per-channel mean and standard deviation (C,) of the posterior's mode."""
-    latents = [vae.encode(frames_to_pixels(part, torch.float32)).latent_dist.mode() for part in frames_BTHWC.split(64)]
+    latents = [posterior(vae, frames_to_pixels(part, torch.float32)).mode() for part in frames_BTHWC.split(64)]
     by_channel = torch.cat(latents).transpose(0, 1).flatten(1).double()
     return by_channel.mean(1), by_channel.std(1)
 
@@ -229,7 +231,8 @@ def train_text(
 ) -> tuple[TextEncoder, dict[str, object]]:
     """Train the encoder through its probes; embeddings leave with unit mean square."""
     text = tiny_text_encoder()
-    encoder = text.encoder.to(device).train().requires_grad_(True)
+    encoder = text.encoder.train().requires_grad_(True)
+    nn.Module.to(encoder, device)  # transformers' decorator hides the signature of its own `to`
     probes = nn.ModuleDict(
         {name: nn.Linear(encoder.config.d_model, len(values)) for name, values in _targets().items()}
     )
