@@ -33,14 +33,16 @@ class World:
 
 
 def write_teacher(folder: Path, variant: str = "shapes", seed: int = 0) -> Path:
-    """Random weights also where training starts from zero, so that every part has an effect."""
+    """Random weights also where training starts from zero, so that every part has an effect; attention that is far from uniform,
+    so that leaving blocks out costs something."""
     config = VARIANTS[variant].config
     network = WanTransformer(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in network.parameters():
+        for name, parameter in network.named_parameters():
             spread = 0.5 / max(1, parameter.shape[-1]) ** 0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+            mean = 1.5 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(mean + torch.randn(parameter.shape, generator=generator) * spread)
     attention = AttentionConfig("dense").to_dict()
     meta = CheckpointMeta(variant, config.to_dict(), attention, license="Apache-2.0")
     save_checkpoint(folder, network.state_dict(), meta)

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from webdataset.compat import WebDataset
 from webdataset.handlers import reraise_exception
+from webdataset.tariterators import group_by_keys, tar_file_expander
 from webdataset.writer import ShardWriter
 
 from turbotrain.checkpoint.io import load_tensor
@@ -58,7 +58,8 @@ def write_shards(
     partial.mkdir()
     try:
         count, latent_shape = 0, None
-        with ShardWriter(str(partial / "train-%06d.tar"), maxcount=samples_per_shard, verbose=0) as sink:
+        pattern = str(partial).replace("%", "%%") + "/train-%06d.tar"
+        with ShardWriter(pattern, maxcount=samples_per_shard, verbose=0) as sink:
             for sample in samples:
                 latent_shape = list(sample.latent_CTHW.shape)
                 sink.write(
@@ -135,21 +136,18 @@ class LatentDataset:
 
 def _read_shard(shard: Path) -> Iterator[tuple[str, Tensor, Tensor, str]]:
     """The samples of one shard, whose headers were checked: (key, latent, embed, prompt), tensors in float16."""
-    # An URI in a list is taken literally, whatever characters are in it; every process reads every shard.
-    samples = WebDataset(
-        [shard.absolute().as_uri()],
-        shardshuffle=False,
-        handler=reraise_exception,
-        nodesplitter=None,
-        empty_check=False,
-    )
-    for sample in samples:
-        where = f"data: {shard}, sample {sample['__key__']}"
-        latent, embed = (load_tensor(sample[part], where).half() for part in ("latent.pt", "embed.pt"))
-        for part, tensor in (("latent", latent), ("embed", embed)):
-            if not torch.isfinite(tensor).all():
-                raise DatasetError(f"{where}: the {part} holds NaN, Inf or numbers too large for float16; {REBUILD}")
-        yield sample["__key__"], latent, embed, sample["prompt.txt"].decode()
+    # From an open file: webdataset's own opener reads a path as a URL pattern, and refuses to run on several ranks.
+    with shard.open("rb") as stream:
+        members = tar_file_expander([{"url": str(shard), "stream": stream}], handler=reraise_exception)
+        for sample in group_by_keys(members, handler=reraise_exception):
+            where = f"data: {shard}, sample {sample['__key__']}"
+            latent, embed = (load_tensor(sample[part], where).half() for part in ("latent.pt", "embed.pt"))
+            for part, tensor in (("latent", latent), ("embed", embed)):
+                if not torch.isfinite(tensor).all():
+                    raise DatasetError(
+                        f"{where}: the {part} holds NaN, Inf or numbers too large for float16; {REBUILD}"
+                    )
+            yield sample["__key__"], latent, embed, sample["prompt.txt"].decode()
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:

@@ -105,8 +105,8 @@ def train(
             if bad >= settings.max_bad_steps:
                 save(step + 1 - bad)
                 raise TrainingDiverged(
-                    f"{settings.title}: {bad} steps in a row without a finite gradient (step {step}); the state after step "
-                    f"{saved} is kept in {states}. Lower the learning rate or look at the data, then rerun to continue"
+                    f"{settings.title}: {bad} steps in a row without a finite loss or gradient (step {step}); the state after "
+                    f"step {saved} is kept in {states}. Lower the learning rate or look at the data, then rerun to continue"
                 )
             done = step + 1
             if bad == 0 and (done % settings.save_every == 0 or done == settings.steps):
