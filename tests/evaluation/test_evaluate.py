@@ -12,7 +12,9 @@ import pytest
 from tiny import random_network, write_checkpoint
 
 from turbotrain.checkpoint import CheckpointMeta
-from turbotrain.evaluation.evaluate import Evaluation, Row, attribute_kind, evaluate
+from turbotrain.data.shapes import ATTRIBUTES, render_batch, sample_clips
+from turbotrain.evaluation import judge as shapes_judge
+from turbotrain.evaluation.evaluate import Evaluation, Row, _judged, attribute_kind, evaluate
 from turbotrain.evaluation.video import read_video
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS
@@ -130,3 +132,27 @@ def test_rows_and_prompts_must_make_sense(pipe: TurboPipeline) -> None:
 def test_attributes_of_both_objects_count_together() -> None:
     for name in ("colour", "colour_1", "colour 2", "1.colour"):
         assert attribute_kind(name) == "colour"
+
+
+def test_the_shapes_judge_is_told_by_attribute_whatever_the_number_of_objects() -> None:
+    clips = sample_clips(12, seed=3, split="test")
+    objects = sum(len(clip.scene.objects) for clip in clips)
+    assert (
+        len(clips) < objects < 2 * len(clips)
+    )  # so that some shifted captions ask for more objects than there are, or fewer
+    prompts = [clip.caption for clip in clips]
+    frames = list(render_batch(clips))
+    frames[0] = np.zeros_like(frames[0])  # nothing to see: nothing right but perhaps the ground
+    scores: list[float] = []
+    told = _judged(shapes_judge, frames, prompts, (1, 2, 3), scores)
+    ground_is_black = clips[0].scene.background == "black"
+    lost = len(clips[0].scene.objects)
+    counts = {name: part["count"] for name, part in told["attributes"].items()}
+    assert counts == {**dict.fromkeys(ATTRIBUTES, objects), "background": len(clips)}
+    for name in ATTRIBUTES:
+        assert told["attributes"][name]["accuracy"] == pytest.approx(1 - lost / objects)
+    assert told["attributes"]["background"]["accuracy"] == pytest.approx(1 - (not ground_is_black) / len(clips))
+    assert scores[1:] == [1.0] * (len(clips) - 1)
+    assert scores[0] == pytest.approx(ground_is_black / clips[0].scene.attribute_count)
+    assert 0.1 < told["accuracy_shuffled"] < 0.6
+    assert told["coverage_interval"][0] <= told["coverage"] <= told["coverage_interval"][1]
