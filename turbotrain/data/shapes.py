@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from turbotrain.data.shapes_render import (
     BACKGROUNDS,
     COLOURS,
+    CORNERS,
     DIRECTIONS,
     EXTENTS,
     FPS,
@@ -250,7 +251,7 @@ def _place(scene: Scene, draw_unit: Iterator[float]) -> tuple[tuple[float, float
         if len(scene.objects) == 1:
             return tuple((y, x) for y, x in starts)
         second = scene.objects[1]
-        reach = sum(max(EXTENTS[spec.shape]) * SIZES[spec.size] for spec in scene.objects) + _GAP
+        reach = sum(CORNERS[spec.shape] * SIZES[spec.size] for spec in scene.objects) + _GAP
         path_T2 = positions((starts[0][0], starts[0][1]), first.direction, first.speed)
         for _ in range(_TRIES):
             y, x = (_place_axis(low, high, draw_unit) for low, high in start_range(second))

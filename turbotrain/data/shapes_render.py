@@ -11,6 +11,8 @@ Coordinates are (y, x) in pixels; pixel i covers [i, i + 1), so its centre lies 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,6 +49,13 @@ EXTENTS: dict[str, tuple[float, float, float]] = {
     "square": (_SQUARE_HALF, _SQUARE_HALF, _SQUARE_HALF),
     "triangle": (_TRIANGLE_TOP, _TRIANGLE_BASE, _TRIANGLE_HALF),
     "cross": (_CROSS_REACH, _CROSS_REACH, _CROSS_REACH),
+}
+# The farthest point from the centre, in radii: a corner, except on the circle.
+CORNERS: dict[str, float] = {
+    "circle": 1.0,
+    "square": math.hypot(_SQUARE_HALF, _SQUARE_HALF),
+    "triangle": max(_TRIANGLE_TOP, math.hypot(_TRIANGLE_BASE, _TRIANGLE_HALF)),
+    "cross": math.hypot(_CROSS_REACH, _CROSS_ARM),
 }
 
 _PAD = 16  # windows may reach past the frame's edge; they are cut off after drawing

@@ -95,9 +95,9 @@ def coverage(judgements: Sequence[Judgement]) -> float:
 
 def read_clip(frames_THWC: NDArray[np.uint8], count: int) -> tuple[str, list[Reading | None]]:
     """The background's name and `count` objects, the most covering colours first; None where no object is left to see."""
-    if frames_THWC.ndim != 4 or frames_THWC.shape[1:] != (SIZE, SIZE, 3):
+    if frames_THWC.ndim != 4 or frames_THWC.shape[1:] != (SIZE, SIZE, 3) or not len(frames_THWC):
         raise ValueError(
-            f"frames are {tuple(frames_THWC.shape)}: the judge reads clips of {SIZE}x{SIZE} pixels, (T, H, W, 3)"
+            f"frames are {tuple(frames_THWC.shape)}: the judge reads clips of {SIZE}x{SIZE} pixels, (T, H, W, 3) with T > 0"
         )
     pixels = frames_THWC.astype(np.float32)
     ground_C = np.median(pixels.reshape(-1, 3), axis=0)
