@@ -23,6 +23,7 @@ from turbotrain.model.wan import WanTransformer
 
 ROOT = Path(__file__).resolve().parents[2]
 LATENT, EMBED = (24, 4, 8, 8), (32, 64)
+OPTIMIZERS = ("sla.optim", "rcm.optim", "rcm.critic_optim")
 SLA_STEPS, RCM_STEPS = 8, 8
 
 
@@ -73,6 +74,12 @@ def arguments(world: World, output: Path, *more: str) -> list[str]:
         "data.kind=shards",
         f"data.path={world.shards}",
         "launch.device=cpu",
+        # What the tolerances were measured with, however the recipe is tuned.
+        "attention=sla_small",
+        "attention.topk=0.2",
+        "sampler.times=[1.5,1.4,1.0]",
+        *(f"{optim}.{setting}" for optim in OPTIMIZERS for setting in ("lr=5e-4", "warmup_steps=2", "decay=cosine")),
+        "rcm.loss_scale=100",
         f"sla.steps={SLA_STEPS}",
         "sla.batch_size=2",
         "sla.save_every=1",

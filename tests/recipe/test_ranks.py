@@ -9,8 +9,9 @@ import pytest
 from recipe_world import World, arguments, command, environment, read_metrics, weights
 from safetensors.torch import load_file
 
-# Sums over a batch are taken in another order: a few roundings of float32, carried through the optimiser steps.
-LOSS_TOLERANCE = 2e-5  # measured: 3e-6
+# Sums over a batch are taken in another order. Before any update that is rounding alone (measured: 6e-7); afterwards Adam
+# amplifies it where gradients are small (measured: 2e-5 within eight steps).
+FIRST_STEP, LATER = 5e-6, 1e-4
 
 
 @pytest.mark.slow
@@ -32,7 +33,10 @@ def test_two_ranks_train_as_one_does(world: World, whole: Path, tmp_path: Path) 
         lines, expected = read_metrics(run / stage), read_metrics(whole / stage)
         assert [(line["step"], line["role"]) for line in lines] == [(line["step"], line["role"]) for line in expected]
         for line, other in zip(lines, expected, strict=True):
-            assert line["loss"] == pytest.approx(other["loss"], rel=LOSS_TOLERANCE), (stage, line["step"])
+            assert line["loss"] == pytest.approx(other["loss"], rel=LATER if line["step"] else FIRST_STEP), (
+                stage,
+                line["step"],
+            )
         assert_weights_agree(run / stage, whole / stage, world.teacher)
 
 
