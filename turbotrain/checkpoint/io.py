@@ -157,7 +157,7 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     attention: AttentionConfig | Mapping[str, Any] | None = None,
 ) -> WanTransformer:
-    """The network of a checkpoint in any layout of formats.md (architecture.md, contract 7).
+    """The network of a checkpoint in any layout of formats.md.
 
     dtype: of the weights outside the float32 islands; None keeps the file's, and keeps 8-bit layers 8-bit, while a given
     dtype dequantizes them. attention: fields that override the checkpoint's attention; a P that it lacks starts at zero.

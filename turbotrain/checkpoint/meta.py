@@ -13,7 +13,7 @@ METADATA_KEY = "turbotrain"
 
 @dataclasses.dataclass
 class CheckpointMeta:
-    """Everything that inference needs besides the tensors (architecture.md, contract 3).
+    """Everything that inference needs besides the tensors.
 
     variant: a name of `VARIANTS`, "" when the dimensions are of none. config: `WanConfig.to_dict()`.
     attention: `AttentionConfig.to_dict()`. quantization: None for floating-point weights, else at least {"scheme": ...}.

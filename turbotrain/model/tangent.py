@@ -1,6 +1,6 @@
 """Values that carry a tangent: how one forward pass of the network also yields its directional derivative.
 
-Forward-mode AD of the whole module fails under DDP, FSDP2 and ZeRO-3 (stack.md). So the network is written once on
+Forward-mode AD of the whole module fails under DDP, FSDP2 and ZeRO-3. So the network is written once on
 `Dual`s, a value with its graph and, when asked for, a tangent without one: linear layers multiply the tangent by the
 same weight, small pure functions take theirs from `torch.func.jvp` on detached inputs, attention from turbokernels.
 Without tangents each function here is a plain call.

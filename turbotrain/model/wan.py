@@ -273,7 +273,7 @@ class WanTransformer(nn.Module):
 
         timestep: 1000 s, (B,) or one per token in raster order (B, L). context_BLD: text embedding, zero rows as padding.
         y_BCTHW: channels concatenated to x (I2V: mask, image latent). clip_BLD: CLIP tokens (Wan 2.1 I2V).
-        tangents: (tx like x, ttimestep like timestep); v keeps its graph, the tangent has none (stack.md).
+        tangents: (tx like x, ttimestep like timestep); v keeps its graph, the tangent has none.
         selection: block lists per layer (None entries are chosen anew), as an earlier call returned them.
         Raises ValueError for inputs that do not fit `config`.
         """
