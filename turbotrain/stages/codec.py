@@ -170,7 +170,9 @@ def train_vae(
 
 
 def _warm_cosine(steps: int) -> Callable[[int], float]:
-    return lambda step: min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """Factor of the learning rate by step: up in the first 100 steps (a tenth of a short run), then down to nothing."""
+    warmup = max(1, min(100, steps // 10))
+    return lambda step: min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
