@@ -11,14 +11,16 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ftfy
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from turbotrain.codecs.folders import reading, require_complete
+
+if TYPE_CHECKING:  # importing transformers takes seconds, which a command that fails on bad input should not pay
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 
 class TextEncoder:
@@ -41,18 +43,22 @@ class TextEncoder:
         Raises:
             ValueError: a folder cannot be read, or weights are missing from it.
         """
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
         with reading("text_encoder", path, "umT5"):
             loaded: Any = UMT5EncoderModel.from_pretrained(
                 str(path), dtype=dtype or torch.float32, output_loading_info=True
             )
-            encoder, info = cast(tuple[UMT5EncoderModel, dict[str, Any]], loaded)  # annotated for the call without info
+            encoder, info = cast(
+                "tuple[UMT5EncoderModel, dict[str, Any]]", loaded
+            )  # annotated for the call without info
             require_complete(info)
         with reading("tokenizer", tokenizer_path, "tokenizer"):
             # AutoTokenizer on a folder: T5TokenizerFast(vocab_file=...) of transformers 5 gives unknown tokens only.
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path))
         nn.Module.to(encoder, device)  # transformers' decorator hides the signature of its own `to`
         # AutoTokenizer is annotated with every backend there is; what it returns for a folder is one of this base.
-        return cls(encoder, cast(PreTrainedTokenizerBase, tokenizer), text_len)
+        return cls(encoder, cast("PreTrainedTokenizerBase", tokenizer), text_len)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

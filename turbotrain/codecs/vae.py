@@ -9,14 +9,16 @@ Legend: B batch, T frames, H, W pixels, C channels (frames: 3, latents: z_dim); 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from turbotrain.codecs.folders import reading, require_complete
+
+if TYPE_CHECKING:  # importing diffusers takes seconds, which a command that fails on bad input should not pay
+    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 
 class VideoCodec:
@@ -39,11 +41,13 @@ class VideoCodec:
         Raises:
             ValueError: the folder holds no `AutoencoderKLWan`, or weights are missing from it.
         """
+        from diffusers import AutoencoderKLWan
+
         with reading("vae", path, "AutoencoderKLWan"):
             loaded: Any = AutoencoderKLWan.from_pretrained(
                 str(path), torch_dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
             )
-            vae, info = cast(tuple[AutoencoderKLWan, dict[str, Any]], loaded)  # annotated for the call without info
+            vae, info = cast("tuple[AutoencoderKLWan, dict[str, Any]]", loaded)  # annotated for the call without info
             require_complete(info)
         nn.Module.to(vae, device)  # diffusers' decorator hides the signature of its own `to`
         return cls(vae)
