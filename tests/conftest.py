@@ -36,6 +36,12 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A failure can be repeated; TURBOTRAIN_TEST_SEED draws other inputs."""
+    torch.manual_seed(int(os.environ.get("TURBOTRAIN_TEST_SEED", "0")))
+
+
+@pytest.fixture(autouse=True)
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory reads as NaN, so that a result which was never written cannot pass by luck."""
     for name in ("empty", "empty_like"):
