@@ -5,6 +5,7 @@ Prompts come from the training shards: the first calibrate, the last measure the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -55,7 +56,8 @@ def run(context: StageContext) -> dict[str, object]:
 
 def _calls(context: StageContext, dataset: LatentDataset, indices: range) -> Iterator[Callable[[nn.Module], Tensor]]:
     """One call per prompt: the whole Turbo sampler through the network it is given, always from the same noise."""
-    sampler = context.config.sampler
+    sampler, steps = context.config.sampler, context.config.quantize.steps
+    times = [math.atan(sampler.sigma_max), *sampler.times][:steps]
     for index in indices:
         embed_1LD = dataset.batch([index]).embed_BLD
 
@@ -65,11 +67,11 @@ def _calls(context: StageContext, dataset: LatentDataset, indices: range) -> Ite
                 return sample_turbo(
                     bind(model, embed_1LD),
                     draw_noise((1, *context.latent_shape), generators),
-                    steps=context.config.quantize.steps,
+                    steps=steps,
                     sigma_max=sampler.sigma_max,
                     ode=sampler.ode,
                     generators=generators,
-                    times=sampler.times,
+                    times=times,
                 )
 
         yield call
