@@ -1,4 +1,4 @@
-"""The recipe `shapes`, every stage of it in its shortest form: from the shipped teacher to a quantized checkpoint and a report."""
+"""The recipe `shapes`, every stage in its shortest form: from the shipped teacher to a quantized checkpoint and a report."""
 
 from __future__ import annotations
 
