@@ -97,6 +97,7 @@ class TeacherSection(LoopSection):
     times: TimeSection = field(default_factory=TimeSection)
     caption_dropout: float = 0.1
     ema_rate: float = 0.05
+    cuda_graph: bool = False  # on a GPU, replay the network's passes from a CUDA graph: for networks bound by launches
 
 
 @dataclass
@@ -263,6 +264,8 @@ def validate(config: Config) -> None:
     _check_data(config)
     for name in ("teacher", "sla"):
         _check_loop(name, getattr(config, name))
+    if config.teacher.cuda_graph and config.launch.activation_checkpointing:
+        reject("teacher.cuda_graph", True, "a graph holds its activations: set launch.activation_checkpointing=false")
     _choice("sla.objective", config.sla.objective, ("white_box", "black_box"))
     _check_rcm(config.rcm)
     _check_sampler(config.sampler)

@@ -94,7 +94,11 @@ def test_near_the_float64_product_of_what_the_integers_stand_for(
     plain = (x_hat @ w_hat.t() + bias - exact).norm()
     error = (w8a8_linear(x, w_q, w_scale, bias, scheme) - exact).norm()
     # The dequantised operands carry a rounding each themselves, and the result one.
-    assert error <= 2 * plain + 3 * FLOAT32_ROUNDING * exact.norm()
+    bound = 2 * plain + 3 * FLOAT32_ROUNDING * exact.norm()
+    if scheme == "fp8_channel" and device == "cuda":
+        # Hopper's fp8 units align products to 13 fraction bits of the largest before they add (arXiv 2412.19437, 3.3.2).
+        bound = bound + 2.0**-14 * (x_hat.double().abs() @ w_hat.double().abs().t()).norm()
+    assert error <= bound
     # And it is the float layer to 8 bits: relative error of a dot product of values rounded to 1/127 of the largest.
     float_result = x.double() @ w.double().t() + bias.double()
     assert (exact - float_result).norm() < 0.06 * float_result.norm()

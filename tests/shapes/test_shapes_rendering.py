@@ -116,7 +116,7 @@ def test_an_object_that_leaves_the_frame_is_cut_off_there() -> None:
 def test_whole_paths_stay_inside_the_frame() -> None:
     for _, spec, start in OBJECTS:
         for y, x in positions(start, spec.direction, spec.speed)[[0, -1]]:
-            cover_KPP, corner_K2 = coverage_window(spec.shape, np.array([[y, x]]), SIZES[spec.size], 13)
+            cover_KPP, corner_K2 = coverage_window(spec.shape, np.array([[y, x]]), SIZES[spec.size], 16)
             painted_N2 = np.argwhere(cover_KPP[0] > 0) + corner_K2[0]
             assert painted_N2.min() >= 0
             assert painted_N2.max() < SIZE
@@ -129,7 +129,7 @@ def test_two_objects_never_touch() -> None:
         count_THW = np.zeros((FRAMES, SIZE, SIZE), dtype=int)
         for spec, start in zip(clip.scene.objects, clip.starts):
             cover_KPP, corner_K2 = coverage_window(
-                spec.shape, positions(start, spec.direction, spec.speed), SIZES[spec.size], 13
+                spec.shape, positions(start, spec.direction, spec.speed), SIZES[spec.size], 16
             )
             for count_HW, cover_PP, (row, column) in zip(count_THW, cover_KPP, corner_K2):
                 rows, columns = np.nonzero(cover_PP > 0)

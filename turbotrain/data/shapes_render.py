@@ -29,7 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (196, 48, 216),
     "cyan": (44, 212, 222),
 }
-SIZES: dict[str, float] = {"small": 5.0, "large": 8.5}  # radius, pixels
+SIZES: dict[str, float] = {"small": 6.5, "large": 10.5}  # radius, pixels
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 SPEEDS: dict[str, float] = {"slowly": 0.5, "fast": 1.5}  # pixels per frame
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {

@@ -24,10 +24,10 @@ from turbotrain.data.shapes import ATTRIBUTES, GRID, Scene, parse_caption
 from turbotrain.data.shapes_render import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, SIZES, SPEEDS, coverage_window
 
 _CONTRAST = 48.0  # a pixel nearer than this to the background (in RGB) is background
-_LEAST_AREA = 14.0  # pixels that an object must cover: a fifth of the smallest shape
+_LEAST_AREA = 24.0  # pixels that an object must cover: a fifth of the smallest shape
 _LEAST_MOTION = 0.2  # pixels a frame below which nothing moves
 _LEAST_FRAMES = 7  # an object seen in fewer frames has no readable motion
-_HALF = 13  # templates' windows reach this far from the centre
+_HALF = 15  # templates' windows reach this far from the centre
 _MEAN_SPEED = sum(SPEEDS.values()) / len(SPEEDS)
 
 

@@ -149,7 +149,8 @@ def train_vae(
             sample = frames_to_pixels(pool[:batch_size], torch.float32)
             graphed = torch.cuda.make_graphed_callables(objective, (sample, object_weight(sample)))
             objective = cast(nn.Module, graphed)  # of a module it makes a module
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_cosine(steps))
     generator = torch.Generator().manual_seed(derive_seed(seed, "vae batches"))
     for step in range(steps):

@@ -14,7 +14,7 @@ from turbotrain.stages.artifacts import sample_strips, write_model
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import StepLoss, train
-from turbotrain.training.parallel import Role, make_role
+from turbotrain.training.parallel import Role, capture, make_role
 from turbotrain.training.seeding import derive_seed
 
 
@@ -24,6 +24,11 @@ class TeacherTask:
         self.section = section
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = initial_network(context)
+        if section.cuda_graph and context.device.type == "cuda":
+            batch, _ = self.source.at(0)
+            times = torch.zeros(len(batch.prompts), dtype=torch.float64, device=context.device)
+            inputs = (batch.latent_BCTHW, times, batch.embed_BLD)
+            capture(self.network.to(context.device), inputs, context.accelerator)
         role = make_role(
             context.accelerator, "teacher", self.network, section.optim, section.steps, context.checkpointing
         )

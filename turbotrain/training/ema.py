@@ -57,8 +57,10 @@ class PowerEMA:
         if averaged.keys() != self.shadow.keys():
             raise ValueError(f"EMA tracks other parameters: {_difference(averaged.keys(), self.shadow.keys())}")
         beta = self.beta(i)
-        for name, p in averaged.items():
-            self.shadow[name].mul_(beta).add_(p.detach().to(torch.float32), alpha=1 - beta)
+        shadow = list(self.shadow.values())
+        # All tensors at once: one by one, a small network's average takes longer to launch than to compute.
+        torch._foreach_mul_(shadow, beta)
+        torch._foreach_add_(shadow, [averaged[name].detach().to(torch.float32) for name in self.shadow], alpha=1 - beta)
         for name, b in copied.items():
             self.copied[name] = b.detach().clone()
 

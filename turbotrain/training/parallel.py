@@ -69,6 +69,18 @@ def make_role(
     )
 
 
+def capture(network: nn.Module, inputs: tuple[Tensor, ...], accelerator: Accelerator) -> None:
+    """Make training passes of `network` replay one CUDA graph each, for inputs of exactly these shapes; before `make_role`.
+
+    A network of a million parameters is thousands of kernels that take longer to launch than to run. In evaluation mode it
+    computes as before, for any shape.
+    """
+    # Autocast may not cache its casts: a graph must make them anew from the weights of the moment.
+    mixed = accelerator.mixed_precision == "bf16"
+    with torch.autocast("cuda", torch.bfloat16, enabled=mixed, cache_enabled=False):
+        torch.cuda.make_graphed_callables(network.train(), inputs)
+
+
 def update(accelerator: Accelerator, role: Role, loss: Tensor) -> tuple[float, bool]:
     """One optimiser step on `loss`; returns the gradient norm and whether the step was taken.
 

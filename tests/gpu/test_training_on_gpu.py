@@ -1,0 +1,64 @@
+"""Training and generation on a GPU agree with what the CPU and plain launches compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_world import World, arguments, read_metrics, train_here, weights, write_data, write_teacher
+
+from turbotrain.checkpoint.io import load_transformer
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    return World(write_teacher(folder / "teacher"), write_data(folder / "shards"))
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of SLA, rCM (consistency, score, critic) and quantization, all on the GPU."""
+    output = tmp_path_factory.mktemp("trained")
+    assert train_here(*arguments(world, output, "launch.device=cuda", "stages=[sla,rcm]")) == 0
+    return output / "run"
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 1e-2)])
+def test_a_teacher_trained_from_a_graph_is_the_one_trained_without(
+    world: World, tmp_path: Path, precision: str, tolerance: float
+) -> None:
+    losses = {}
+    for graphed in (False, True):
+        more = ["launch.device=cuda", "stages=[teacher]", "teacher.steps=6", "teacher.batch_size=4"]
+        more += [f"teacher.cuda_graph={graphed}", f"launch.mixed_precision={precision}", f"name=graph_{graphed}"]
+        more += ["teacher.optim.lr=1e-3", "teacher.optim.warmup_steps=0"]
+        assert train_here(*arguments(world, tmp_path, *more)) == 0
+        losses[graphed] = [line["loss"] for line in read_metrics(tmp_path / f"graph_{graphed}" / "teacher")]
+    assert len(losses[True]) == 6
+    assert losses[True] == pytest.approx(losses[False], rel=tolerance)
+
+
+def test_sla_and_rcm_train_on_the_gpu(trained: Path) -> None:
+    for stage in ("sla", "rcm"):
+        lines = read_metrics(trained / stage)
+        assert len(lines) == 8
+        assert all(line["loss"] == line["loss"] for line in lines)
+        assert all(tensor.isfinite().all() for tensor in weights(trained / stage).values())
+
+
+def test_one_network_computes_the_same_on_cpu_and_gpu(trained: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x, context = torch.randn(3, 24, 4, 8, 8, generator=generator), torch.randn(3, 32, 64, generator=generator)
+    timestep = torch.tensor([11.0, 500.0, 990.0])
+    checkpoint = trained / "rcm" / "checkpoint"
+    with torch.no_grad():
+        exact = load_transformer(checkpoint, dtype=torch.float64)(x.double(), timestep.double(), context.double())
+        plain = load_transformer(checkpoint, dtype=torch.float32)(x, timestep, context)
+        network = load_transformer(checkpoint, device="cuda", dtype=torch.float32)
+        got = network(x.cuda(), timestep.cuda(), context.cuda())
+    error, allowed = (got.cpu() - exact).norm(), (plain - exact).norm()
+    assert error <= 2 * allowed + 2.0**-24 * exact.norm()
