@@ -30,7 +30,9 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def wrapped(*args: object, **kwargs: object) -> Tensor:
         tensor = allocate(*args, **kwargs)
         # 8-bit floats cannot be filled everywhere, and are always the result of a conversion.
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.itemsize > 1 else tensor
+        if tensor.is_floating_point() and tensor.itemsize > 1:
+            tensor.detach().fill_(float("nan"))
+        return tensor
 
     return wrapped
 

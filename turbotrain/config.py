@@ -67,6 +67,7 @@ class DataSection:
     count: int = 1024
     samples_per_shard: int = 256
     batch_size: int = 16  # clips encoded together
+    pairs: float = 0.5  # shapes: share of clips with two objects
     width: int = 832
     height: int = 480
     frames: int = 81
@@ -76,6 +77,7 @@ class DataSection:
 @dataclass
 class CodecSection:
     steps: int = 3000
+    decoder_steps: int = 0  # more steps for the VAE's decoder alone, after `steps`
     batch_size: int = 64
     text_steps: int = 1500
 
@@ -273,6 +275,7 @@ def validate(config: Config) -> None:
     _check_evaluate(config.evaluate)
     _between("merge.weight", config.merge.weight, -10, 10)
     _at_least("codec.steps", config.codec.steps, 1)
+    _at_least("codec.decoder_steps", config.codec.decoder_steps, 0)
     _at_least("codec.text_steps", config.codec.text_steps, 1)
     _at_least("codec.batch_size", config.codec.batch_size, 1)
     _choice("launch.device", config.launch.device, ("auto", "cpu", "cuda"))
@@ -323,6 +326,7 @@ def _check_attention(attention: AttentionSection) -> None:
 def _check_data(config: Config) -> None:
     data = config.data
     _choice("data.kind", data.kind, ("shapes", "shards"))
+    _between("data.pairs", data.pairs, 0, 1)
     if data.kind == "shards" and not data.path and "data" in config.stages:
         reject("data.path", data.path, "data.kind=shards needs the folder that holds the *.tar shards")
     variant = VARIANTS[config.model.variant]

@@ -32,13 +32,14 @@ from turbotrain.stages.codec import (
     UNKNOWN,
     _labels,
     _phrases,
-    _reconstruction,
     _warm_cosine,
     make_tokenizer,
     object_weight,
+    reconstruction_metrics,
     tiny_text_encoder,
     tiny_vae,
     train_codec,
+    train_decoder,
     train_text,
     train_vae,
 )
@@ -56,7 +57,9 @@ def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train_briefly(folder: Path) -> dict[str, object]:
-    return train_codec(folder, device=CPU, seed=0, steps=2, batch_size=1, text_steps=1, say=lambda line: None)
+    return train_codec(
+        folder, device=CPU, seed=0, steps=2, decoder_steps=1, batch_size=1, text_steps=1, say=lambda line: None
+    )
 
 
 # ---- the parts fit the variant -------------------------------------------------------------------------------------
@@ -137,15 +140,35 @@ def test_every_word_of_a_phrase_is_asked_for_its_object_and_all_for_the_ground()
             assert torch.equal(labels[name][row], expected_L), name
 
 
-def test_objects_weigh_more_than_the_ground() -> None:
+def test_objects_and_three_pixels_around_them_weigh_more_than_the_ground() -> None:
     clip = sample_clips(1, seed=1)[0]
     frames_BTHWC = torch.from_numpy(render_batch([clip]))
     pixels_BCTHW = frames_to_pixels(frames_BTHWC, torch.float32)
     weight_B1THW = object_weight(pixels_BCTHW)
     assert set(weight_B1THW.unique().tolist()) == {1.0, 6.0}
     ground_C = torch.tensor(BACKGROUNDS[clip.scene.background], dtype=torch.uint8)
-    painted_BTHW = (frames_BTHWC.int() - ground_C.int()).abs().amax(-1) > 13  # 0.1 of the range of 2 is 12.75 levels
-    assert torch.equal(weight_B1THW[:, 0] > 1, painted_BTHW)
+    painted_BTHW = (frames_BTHWC.int() - ground_C.int()).abs().amax(-1) >= 13  # 0.1 of the range of 2 is 12.75 levels
+    near_BTHW = torch.zeros_like(painted_BTHW)
+    for b, t, y, x in painted_BTHW.nonzero().tolist():
+        near_BTHW[b, t, max(0, y - 3) : y + 4, max(0, x - 3) : x + 4] = True
+    assert near_BTHW.sum() > painted_BTHW.sum()
+    assert torch.equal(weight_B1THW[:, 0] > 1, near_BTHW)
+
+
+@pytest.mark.usefixtures("few_clips")
+def test_the_decoder_alone_learns_and_latents_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "POOL", 1)
+    torch.manual_seed(0)
+    vae, _ = train_vae(CPU, 0, 1, 0, 1, lambda line: None)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    said: list[str] = []
+    pool = torch.from_numpy(render_batch(sample_clips(1, 0)))
+    train_decoder(vae.train(), pool, 0, 8, 1, said.append)
+    losses = [float(line.split()[-1]) for line in said]
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {name for name, tensor in vae.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert {name.split(".")[0] for name in changed} <= {"decoder", "post_quant_conv"}
 
 
 def test_the_learning_rate_warms_up_and_ends_at_nothing() -> None:
@@ -181,7 +204,7 @@ def test_the_vae_learns_ships_in_half_precision_and_knows_its_latents_statistics
     monkeypatch.setattr(stage, "POOL", 1)  # one clip, so that a few steps show
     torch.manual_seed(0)
     said: list[str] = []
-    vae, metrics = train_vae(CPU, 0, 8, 1, said.append)
+    vae, metrics = train_vae(CPU, 0, 8, 0, 1, said.append)
     losses = [float(line.split()[-1]) for line in said]
     assert len(losses) == 8
     assert losses[-1] < 0.6 * losses[0]
@@ -194,7 +217,7 @@ def test_the_vae_learns_ships_in_half_precision_and_knows_its_latents_statistics
 
 
 @pytest.mark.usefixtures("few_clips")
-def test_reconstruction_is_measured_on_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def testreconstruction_metrics_is_measured_on_what_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = torch.from_numpy(render_batch(sample_clips(2, 0, "test")))
 
     class Perfect:
@@ -205,7 +228,7 @@ def test_reconstruction_is_measured_on_what_comes_back(monkeypatch: pytest.Monke
             return torch.where(latents < 255, latents + 1, latents)  # one level off, the judge does not mind
 
     assert not (frames == 255).any()
-    found = _reconstruction(Perfect(), 0)  # type: ignore[arg-type]  # what the function uses of a codec
+    found = reconstruction_metrics(Perfect(), 0)  # type: ignore[arg-type]  # what the function uses of a codec
     assert found["judged_accuracy"] == 1.0
     assert found["psnr_db"] == pytest.approx(48.13, abs=0.01)  # 20 log10(255)
 

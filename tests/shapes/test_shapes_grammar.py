@@ -16,6 +16,8 @@ from turbotrain.data.shapes import (
     Scene,
     is_held_out,
     parse_caption,
+    render_batch,
+    render_parallel,
     sample_clip,
     sample_clips,
     vocabulary,
@@ -105,12 +107,22 @@ def test_clips_depend_on_seed_split_and_index_alone() -> None:
 def test_the_stream_is_the_one_that_published_numbers_stand_on() -> None:
     """Pinned: a change of these clips changes the prompts of every report."""
     single, pair = sample_clip(0), sample_clip(7, split="test")
-    assert single.caption == "a small red square slides down fast on a gray background"
-    assert np.allclose(single.starts, [(38.2413, 14.6240)], atol=1e-4)
+    assert single.caption == "a small red square moves down fast on a gray background"
+    assert np.allclose(single.starts, [(36.1587, 55.8730)], atol=1e-4)
     assert pair.caption == (
-        "on a white background, a large red cross moves left fast and a large yellow circle moves right slowly"
+        "on a white background, a large yellow circle slides right slowly and a large red cross slides left fast"
     )
-    assert np.allclose(pair.starts, [(15.7523, 30.1709), (51.8930, 41.1658)], atol=1e-4)
+    assert np.allclose(pair.starts, [(51.0553, 13.8156), (20.5055, 31.8777)], atol=1e-4)
+
+
+def test_objects_are_named_from_left_to_right_and_pairs_come_as_often_as_asked() -> None:
+    for share in (0.0, 0.8):
+        clips = sample_clips(300, seed=4, pairs=share)
+        found = [clip for clip in clips if len(clip.starts) == 2]
+        assert len(found) / 300 == pytest.approx(share, abs=0.07)
+        assert all(clip.starts[0][1] <= clip.starts[1][1] for clip in found)
+    batch = render_parallel(3, seed=4, pairs=0.8)
+    assert np.array_equal(batch, render_batch(sample_clips(3, seed=4, pairs=0.8)))
 
 
 @pytest.mark.parametrize(

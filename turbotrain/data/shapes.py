@@ -1,10 +1,10 @@
 """The shapes world: captions from a small grammar and the clips that show them, deterministic from (seed, index).
 
 One or two coloured shapes move evenly over a plain background for 13 frames of 64x64 pixels at 8 frames a second. A caption
-names, per object, size, colour, shape, direction and speed, and the background; it leaves the start position free, which is
-what `turbotrain.evaluation.judge.coverage` measures. Eight of the 48 (shape, colour, size) triples never occur in the
-training split: every shape is still seen in every colour and every size, but not in that conjunction. Each test clip shows
-at least one of them.
+names, per object from left to right, size, colour, shape, direction and speed, and the background; it leaves the start
+position free, which is what `turbotrain.evaluation.judge.coverage` measures. Eight of the 48 (shape, colour, size) triples
+never occur in the training split: every shape is still seen in every colour and every size, but not in that conjunction.
+Each test clip shows at least one of them.
 
 Numpy only: the configuration check may import this without paying for torch. Shape suffixes as in `shapes_render`.
 """
@@ -164,14 +164,17 @@ def parse_caption(caption: str) -> Scene:
     )
 
 
-def sample_clip(index: int, seed: int = 0, split: str = "train") -> Clip:
-    """Clip number `index` of a split's endless, seeded stream. Any index may be asked for, in any order."""
+def sample_clip(index: int, seed: int = 0, split: str = "train", pairs: float = 0.5) -> Clip:
+    """Clip number `index` of a split's endless, seeded stream. Any index may be asked for, in any order.
+
+    pairs: the share of clips with two objects.
+    """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     if index < 0 or seed < 0:
         raise ValueError(f"index={index}, seed={seed}: both must be at least 0")
     draw_unit = _uniforms(np.random.default_rng([seed, SPLITS.index(split), index]))
-    count = 1 + int(next(draw_unit) < 0.5)
+    count = 1 + int(next(draw_unit) < pairs)
     forced = int(next(draw_unit) * count) if split == "test" else -1
     objects: list[ObjectSpec] = []
     while len(objects) < count:
@@ -181,14 +184,18 @@ def sample_clip(index: int, seed: int = 0, split: str = "train") -> Clip:
         barred = is_held_out(spec) if split == "train" else len(objects) == forced and not is_held_out(spec)
         if not (repeated or barred):
             objects.append(spec)
-    scene = Scene(tuple(objects), _choose(tuple(BACKGROUNDS), next(draw_unit)))
+    background = _choose(tuple(BACKGROUNDS), next(draw_unit))
+    # Captions name objects from left to right, as people do: position tells a network which phrase an object belongs to.
+    placed = sorted(zip(_place(objects, draw_unit), objects), key=lambda pair: pair[0][1])
+    starts = tuple(start for start, _ in placed)
+    scene = Scene(tuple(spec for _, spec in placed), background)
     caption = scene.caption(_choose(VERBS, next(draw_unit)), background_first=next(draw_unit) < 0.5)
-    return Clip(index, caption, scene, _place(scene, draw_unit))
+    return Clip(index, caption, scene, starts)
 
 
-def sample_clips(count: int, seed: int = 0, split: str = "train", start: int = 0) -> list[Clip]:
+def sample_clips(count: int, seed: int = 0, split: str = "train", start: int = 0, pairs: float = 0.5) -> list[Clip]:
     """Clips start .. start + count - 1 of the stream."""
-    return [sample_clip(index, seed, split) for index in range(start, start + count)]
+    return [sample_clip(index, seed, split, pairs) for index in range(start, start + count)]
 
 
 def render_batch(clips: Sequence[Clip]) -> NDArray[np.uint8]:
@@ -201,17 +208,19 @@ def render_batch(clips: Sequence[Clip]) -> NDArray[np.uint8]:
     return draw(objects, [clip.scene.background for clip in clips])
 
 
-def render_parallel(count: int, seed: int = 0, split: str = "train", start: int = 0) -> NDArray[np.uint8]:
+def render_parallel(
+    count: int, seed: int = 0, split: str = "train", start: int = 0, pairs: float = 0.5
+) -> NDArray[np.uint8]:
     """Frames of clips start .. start + count - 1, rendered by all cores. Call it under `if __name__ == "__main__"`."""
     chunk = 256
     if count <= chunk:
-        return render_batch(sample_clips(count, seed, split, start))
-    jobs = [(min(chunk, start + count - at), seed, split, at) for at in range(start, start + count, chunk)]
+        return render_batch(sample_clips(count, seed, split, start, pairs))
+    jobs = [(min(chunk, start + count - at), seed, split, at, pairs) for at in range(start, start + count, chunk)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as workers:
         return np.concatenate(list(workers.map(_render_job, jobs)))
 
 
-def _render_job(job: tuple[int, int, str, int]) -> NDArray[np.uint8]:
+def _render_job(job: tuple[int, int, str, int, float]) -> NDArray[np.uint8]:
     return render_batch(sample_clips(*job))
 
 
@@ -243,15 +252,15 @@ def _place_axis(low: float, high: float, draw_unit: Iterator[float]) -> float:
     return first + next(draw_unit) * (last - first)
 
 
-def _place(scene: Scene, draw_unit: Iterator[float]) -> tuple[tuple[float, float], ...]:
+def _place(objects: Sequence[ObjectSpec], draw_unit: Iterator[float]) -> tuple[tuple[float, float], ...]:
     """First centres of the objects: paths inside the frame, at least `_GAP` pixels apart at all times."""
-    first = scene.objects[0]
+    first = objects[0]
     while True:
         starts = [tuple(_place_axis(low, high, draw_unit) for low, high in start_range(first))]
-        if len(scene.objects) == 1:
+        if len(objects) == 1:
             return tuple((y, x) for y, x in starts)
-        second = scene.objects[1]
-        reach = sum(CORNERS[spec.shape] * SIZES[spec.size] for spec in scene.objects) + _GAP
+        second = objects[1]
+        reach = sum(CORNERS[spec.shape] * SIZES[spec.size] for spec in objects) + _GAP
         path_T2 = positions((starts[0][0], starts[0][1]), first.direction, first.speed)
         for _ in range(_TRIES):
             y, x = (_place_axis(low, high, draw_unit) for low, high in start_range(second))

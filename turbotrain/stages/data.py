@@ -43,8 +43,8 @@ def _encoded_shapes(context: StageContext, codec: VideoCodec, text: TextEncoder)
     data = context.config.data
     seed = context.config.seed
     for begin in range(0, data.count, RENDERED):
-        clips = sample_clips(min(RENDERED, data.count - begin), seed, start=begin)
-        frames = torch.from_numpy(render_parallel(len(clips), seed, start=begin))
+        clips = sample_clips(min(RENDERED, data.count - begin), seed, start=begin, pairs=data.pairs)
+        frames = torch.from_numpy(render_parallel(len(clips), seed, start=begin, pairs=data.pairs))
         for at in range(0, len(clips), data.batch_size):
             rows = slice(at, at + data.batch_size)
             captions = [clip.caption for clip in clips[rows]]
