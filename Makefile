@@ -28,6 +28,7 @@ demo: setup ## SLA, rCM, W8A8 and a report from the shipped teacher, on this mac
 
 test: setup lint ## everything that CI checks
 	$(RUN) -m pytest -q -n 2 --dist loadfile
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 --dist loadfile tests/triton
 
 lint: setup ## style, types, import contract
 	$(VENV)/bin/ruff check .

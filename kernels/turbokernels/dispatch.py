@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from turbokernels.tuning import interpreted
+
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
@@ -28,7 +30,8 @@ def _log_choice(op: str, device_type: str, name: str) -> None:
 def choose(op: str, impl: str, device: torch.device, table: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """Return the function of `table` that `impl` asks for on `device`.
 
-    Errors: ValueError for a name that is not one of `IMPLEMENTATIONS`, and for one that this op does not have.
+    Errors: ValueError for a name that is not one of `IMPLEMENTATIONS`, for one that this op does not have, and for
+    triton on a device that it cannot compile for.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl={impl!r} is not known; use one of {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -38,4 +41,9 @@ def choose(op: str, impl: str, device: torch.device, table: Mapping[str, Callabl
         return table[name]
     if impl not in table:
         raise ValueError(f"{op}: there is no {impl} kernel for this op; use impl='reference' (or impl='auto')")
+    if impl == "triton" and device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"{op}: impl='triton' needs a CUDA device, the operands are on {device}; move them, or use impl='reference' "
+            "(or impl='auto')"
+        )
     return table[impl]

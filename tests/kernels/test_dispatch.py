@@ -60,6 +60,15 @@ def test_a_kernel_that_does_not_exist_is_refused_with_the_remedy() -> None:
         dispatch.choose("op", "triton", torch.device("cuda"), {"reference": reference})
 
 
+def test_a_kernel_without_a_gpu_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"reference": reference, "triton": triton}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"op: impl='triton' needs a CUDA device.*on cpu.*impl='reference'"):
+        dispatch.choose("op", "triton", torch.device("cpu"), both)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.choose("op", "triton", torch.device("cpu"), both) is triton
+
+
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="turbokernels.dispatch"):
         for _ in range(3):
