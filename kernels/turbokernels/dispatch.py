@@ -37,7 +37,8 @@ def choose(op: str, impl: str, device: torch.device, table: Mapping[str, Callabl
         raise ValueError(f"{op}: impl={impl!r} is not known; use one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if impl == "auto":
         name = "triton" if device.type == "cuda" and "triton" in table else "reference"
-        _log_choice(op, device.type, name)
+        if not torch.compiler.is_compiling():  # a log call would break the graph
+            _log_choice(op, device.type, name)
         return table[name]
     if impl not in table:
         raise ValueError(f"{op}: there is no {impl} kernel for this op; use impl='reference' (or impl='auto')")

@@ -78,6 +78,11 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_the_choice_does_not_break_a_compiled_graph() -> None:
+    compiled = torch.compile(CALLS["linear_attention"], backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), CALLS["linear_attention"]())
+
+
 @pytest.mark.parametrize(
     ("k", "v", "message"),
     [
