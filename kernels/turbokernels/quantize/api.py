@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,23 @@ from turbokernels import dispatch
 from turbokernels.checks import FLOAT_DTYPES
 from turbokernels.quantize import reference
 
-ROW_IMPLEMENTATIONS = {"reference": reference.quantize_rows}
-BLOCK_IMPLEMENTATIONS = {"reference": reference.quantize_block}
+ACTIVATIONS = (None, "gelu_tanh")
+
+
+def _triton_rows(*operands: Any) -> tuple[Tensor, Tensor]:
+    from turbokernels.quantize import kernel  # here, so that the library imports without Triton
+
+    return kernel.quantize_rows(*operands)
+
+
+def _triton_block(*operands: Any) -> tuple[Tensor, Tensor]:
+    from turbokernels.quantize import kernel
+
+    return kernel.quantize_block(*operands)
+
+
+ROW_IMPLEMENTATIONS = {"triton": _triton_rows, "reference": reference.quantize_rows}
+BLOCK_IMPLEMENTATIONS = {"triton": _triton_block, "reference": reference.quantize_block}
 
 
 def _check(op: str, x: Tensor, min_dims: int) -> None:
@@ -27,18 +44,40 @@ def _check_dtype(op: str, dtype: torch.dtype) -> None:
         raise ValueError(f"{op}: dtype={dtype} is not an 8-bit type of a scheme; use torch.int8 or torch.float8_e4m3fn")
 
 
-def quantize_token(x: Tensor, dtype: torch.dtype = torch.int8, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def quantize_token(
+    x: Tensor,
+    dtype: torch.dtype = torch.int8,
+    impl: str = "auto",
+    *,
+    activation: str | None = None,
+    smooth: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Quantise activations per token: x (..., K) -> values (..., K) of `dtype`, float32 scale (...); x ~ values *
     scale[..., None].
 
     int8: scale = amax / 127, round half to even, values in +-127. float8_e4m3fn: scale = amax / 448. A zero token
-    gets scale 1. No gradient. Errors: ValueError for an input that is not floating or has no features, an unknown
-    dtype or impl.
+    gets scale 1. What is quantised is activation(x) / smooth, in float32, without rounding to x's dtype in between:
+    activation None or "gelu_tanh", smooth None or a positive float32 vector (K,) (SmoothQuant's, arXiv 2211.10438,
+    whose weight was multiplied by it). No gradient.
+    Errors: ValueError for an input that is not floating or has no features, a vector that does not fit, an unknown
+    dtype, activation or impl.
     Source: method.md section 7.
     """
-    _check("quantize_token", x, 1)
-    _check_dtype("quantize_token", dtype)
-    return dispatch.choose("quantize_token", impl, x.device, ROW_IMPLEMENTATIONS)(x, dtype)
+    op = "quantize_token"
+    _check(op, x, 1)
+    _check_dtype(op, dtype)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation={activation!r} is not known; use one of {', '.join(map(repr, ACTIVATIONS))}"
+        )
+    if smooth is not None:
+        if tuple(smooth.shape) != (x.shape[-1],) or smooth.dtype != torch.float32 or smooth.stride(0) != 1:
+            raise ValueError(
+                f"{op}: smooth is {smooth.dtype} {tuple(smooth.shape)}; expected a packed float32 vector of {x.shape[-1]}"
+            )
+        if smooth.device != x.device:
+            raise ValueError(f"{op}: smooth is on {smooth.device} but x is on {x.device}; move them to one device")
+    return dispatch.choose(op, impl, x.device, ROW_IMPLEMENTATIONS)(x, dtype, activation, smooth)
 
 
 def quantize_channel(w: Tensor, dtype: torch.dtype = torch.int8, impl: str = "auto") -> tuple[Tensor, Tensor]:

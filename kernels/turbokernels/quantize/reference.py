@@ -54,8 +54,18 @@ def rounded_tiles(x_LK: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def quantize_rows(x_RK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Per-row quantisation: values of `dtype` (..., K) and float32 scales (...)."""
+def quantize_rows(
+    x_RK: Tensor, dtype: torch.dtype, activation: str | None = None, smooth_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Per-row quantisation of x, of gelu_tanh(x) or of either / smooth: values of `dtype` (..., K), float32 scales (...).
+
+    The activation and the division are float32 too, and not rounded to x's dtype before they are quantised.
+    """
+    x_RK = x_RK.float()
+    if activation == "gelu_tanh":
+        x_RK = F.gelu(x_RK, approximate="tanh")
+    if smooth_K is not None:
+        x_RK = x_RK / smooth_K
     values_RK, scale_R = rounded_rows(x_RK, dtype)
     return values_RK.to(dtype), scale_R
 
