@@ -5,7 +5,12 @@ specification and runs anywhere, and takes `impl="auto" | "triton" | "reference"
 """
 
 from turbokernels.attention_dense.api import attention_jvp
-from turbokernels.attention_linear.api import linear_attention, linear_attention_jvp
+from turbokernels.attention_linear.api import (
+    add_linear_attention,
+    add_linear_attention_jvp,
+    linear_attention,
+    linear_attention_jvp,
+)
 from turbokernels.attention_sage.api import sage_attention, sage_sparse_attention
 from turbokernels.attention_sparse.api import sparse_attention, sparse_attention_jvp
 from turbokernels.block_selection.api import select_blocks
@@ -18,6 +23,8 @@ from turbokernels.w8a8.api import w8a8_linear
 
 __all__ = [
     "BlockMask",
+    "add_linear_attention",
+    "add_linear_attention_jvp",
     "attention_jvp",
     "gate_residual",
     "layer_norm_modulate",

@@ -54,9 +54,9 @@ class Launch:
         """The block size called `name`, for grids and padding."""
         return dict(self.blocks)[name]
 
-    def kwargs(self) -> dict[str, int]:
-        """Keyword arguments of the launch: kernel[grid](..., **launch.kwargs())."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.blocks)}
+    def kwargs(self, **constants: Any) -> dict[str, Any]:
+        """Keyword arguments of the launch, with its other compile-time constants: kernel[grid](..., **launch.kwargs())."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.blocks), **constants}
 
     def to_json(self) -> dict[str, Any]:
         """The entry of a table."""

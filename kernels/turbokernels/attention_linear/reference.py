@@ -85,3 +85,51 @@ def linear_attention_jvp(
             t_denominator_BNQ1 = t_phi_q_BNQD @ z_BND1 + phi_q_BNQD @ t_z_BND1
             to_BNQE = (t_numerator_BNQE - o_BNQE * t_denominator_BNQ1) * inverse_BNQ1
     return _tokens_first(o_BNQE, q_BLND.dtype), _tokens_first(to_BNQE, q_BLND.dtype)
+
+
+def add_linear_attention(
+    base_BLND: Tensor,
+    q_BLND: Tensor,
+    k_BLND: Tensor,
+    v_BLND: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    feature_map: str,
+) -> Tensor:
+    """base + P(linear attention), P the linear map of `weight` and `bias`; rounded once, at the end."""
+    dtype = compute_dtype(q_BLND.dtype)
+    o_BLND = linear_attention(q_BLND.to(dtype), k_BLND.to(dtype), v_BLND.to(dtype), feature_map)
+    with torch.autocast(q_BLND.device.type, enabled=False):
+        return (base_BLND.to(dtype) + _project(o_BLND, weight_ED, bias_E)).to(q_BLND.dtype)
+
+
+def add_linear_attention_jvp(
+    base_BLND: Tensor,
+    tbase_BLND: Tensor,
+    q_BLND: Tensor,
+    k_BLND: Tensor,
+    v_BLND: Tensor,
+    tq_BLND: Tensor,
+    tk_BLND: Tensor,
+    tv_BLND: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    feature_map: str,
+) -> tuple[Tensor, Tensor]:
+    """(o, to): `add_linear_attention` and its tangent; P has none."""
+    dtype = compute_dtype(q_BLND.dtype)
+    primals = (q_BLND.to(dtype), k_BLND.to(dtype), v_BLND.to(dtype))
+    o_BLND, to_BLND = linear_attention_jvp(
+        *primals, tq_BLND.to(dtype), tk_BLND.to(dtype), tv_BLND.to(dtype), feature_map
+    )
+    with torch.autocast(q_BLND.device.type, enabled=False):
+        o_BLND = base_BLND.to(dtype) + _project(o_BLND, weight_ED, bias_E)
+        with torch.no_grad():
+            to_BLND = tbase_BLND.to(dtype) + _project(to_BLND, weight_ED, None)
+    return o_BLND.to(q_BLND.dtype), to_BLND.to(q_BLND.dtype)
+
+
+def _project(x_BLND: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
+    """P(x) in x's dtype."""
+    dtype = x_BLND.dtype
+    return torch.nn.functional.linear(x_BLND, weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))

@@ -1,0 +1,69 @@
+"""Linear attention's kernels under the interpreter."""
+
+from __future__ import annotations
+
+import cases_linear as cases
+import pytest
+import torch
+from turbokernels import linear_attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("feature_map", cases.FEATURE_MAPS)
+@pytest.mark.parametrize(("length_q", "length_k", "dim"), [(1, 1, 16), (63, 257, 32)])
+def test_value_gradient_and_tangent(
+    feature_map: str, length_q: int, length_k: int, dim: int, dtype: torch.dtype
+) -> None:
+    cases.check_value_gradient_and_tangent(feature_map, 2, length_q, length_k, 2, dim, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_added_to_a_base(dtype: torch.dtype) -> None:
+    cases.check_value_gradient_and_tangent("softmax", 1, 100, 65, 2, 64, dtype, "cpu", with_sum=True)
+
+
+@pytest.mark.parametrize("feature_map", cases.FEATURE_MAPS)
+def test_outlier_channels(feature_map: str) -> None:
+    cases.check_value_gradient_and_tangent(feature_map, 1, 65, 130, 1, 32, torch.float16, "cpu", outliers=True)
+
+
+def test_views_give_the_same_bits() -> None:
+    cases.check_views_give_the_same_bits("cpu", torch.float32)
+
+
+def test_expanded_gradient() -> None:
+    cases.check_expanded_gradient("cpu")
+
+
+def test_a_query_without_features_gives_zero_and_not_nan() -> None:
+    cases.check_no_features("cpu")
+
+
+@pytest.mark.parametrize("feature_map", cases.FEATURE_MAPS)
+def test_nan_propagates(feature_map: str) -> None:
+    cases.check_nan_propagates(feature_map, "cpu")
+
+
+def test_what_the_kernels_cannot_do_is_refused() -> None:
+    x = torch.randn(1, 8, 1, 24)
+    with pytest.raises(ValueError, match=r"head dims 16, 32, 64, 128, not 24; use impl='reference'"):
+        linear_attention(x, x, x, impl="triton")
+    x = torch.randn(1, 8, 1, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"no float64; use impl='reference'"):
+        linear_attention(x, x, x, impl="triton")
+
+
+def test_a_compiled_graph_does_not_break() -> None:
+    q, k, v = torch.randn(3, 1, 40, 1, 16).unbind(0)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return linear_attention(q, k, v, impl="triton") * 2.0
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert compiled(q, k, v).equal(run(q, k, v))
+
+
+def test_forward_mode_is_refused_and_not_silently_zero() -> None:
+    q = torch.randn(1, 16, 1, 16)
+    with pytest.raises(RuntimeError, match=r"jvp|forward mode|setup_context"):
+        torch.func.jvp(lambda x: linear_attention(x, x, x, impl="triton"), (q,), (q,))
