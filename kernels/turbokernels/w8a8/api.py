@@ -9,12 +9,14 @@ over K).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from turbokernels import dispatch
 from turbokernels.checks import FLOAT_DTYPES
-from turbokernels.quantize.api import quantize_block, quantize_channel
+from turbokernels.quantize.api import ACTIVATIONS, quantize_block, quantize_channel
 from turbokernels.w8a8 import reference
 
 WEIGHT_DTYPES = {"int8_channel": torch.int8, "int8_block128": torch.int8, "fp8_channel": torch.float8_e4m3fn}
@@ -22,7 +24,14 @@ SCHEMES = tuple(WEIGHT_DTYPES)
 # Longer sums of int8 products (up to 2^14 each) could leave int32.
 MAX_FEATURES = 2**31 // 2**14 - 1
 
-IMPLEMENTATIONS = {"reference": reference.w8a8_linear}
+
+def _triton(*operands: Any) -> Tensor:
+    from turbokernels.w8a8 import kernel  # here, so that the library imports without Triton
+
+    return kernel.w8a8_linear(*operands)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "reference": reference.w8a8_linear}
 
 
 def check_scheme(op: str, scheme: str) -> None:
@@ -80,44 +89,83 @@ def dequantize_weight(w_q: Tensor, w_scale: Tensor, scheme: str, dtype: torch.dt
     return (w_q.float() * scale_NK).to(dtype)
 
 
+def _check_quantised(op: str, x: tuple[Tensor, Tensor], scheme: str) -> None:
+    """Require values and scales that `quantize_token` (int8_block128: `quantize_block`) makes for `scheme`."""
+    values, scale = x
+    if values.dtype != WEIGHT_DTYPES[scheme] or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{op}: x is quantised to {values.dtype} with {scale.dtype} scales; {scheme} expects "
+            f"{WEIGHT_DTYPES[scheme]} and torch.float32"
+        )
+    expected = tuple(values.shape[:-1])
+    if scheme == "int8_block128":
+        expected = (*expected[:-1], *(-(-size // reference.BLOCK) for size in values.shape[-2:]))
+    if tuple(scale.shape) != expected:
+        raise ValueError(
+            f"{op}: x has values {tuple(values.shape)} and scales {tuple(scale.shape)}; {scheme} expects scales {expected}"
+        )
+
+
 def w8a8_linear(
-    x: Tensor,
+    x: Tensor | tuple[Tensor, Tensor],
     w_q: Tensor,
     w_scale: Tensor,
     bias: Tensor | None = None,
     scheme: str = "int8_channel",
     impl: str = "auto",
+    *,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = dequantised(quantised(x)) @ dequantised(w_q)^T + bias, multiplied in 8 bits; (..., N) in x's dtype.
+    """y = activation(dequantised(quantised(x)) @ dequantised(w_q)^T + bias), multiplied in 8 bits; (..., N).
 
-    x: (..., K) floating and not quantised, any leading dimensions and strides; w_q (N, K) and w_scale from
-    `quantize_weight`; bias (N,) or None. int8 sums are exact; scales and bias are applied in float32. A NaN or Inf
-    in a token makes that token's (int8_block128: that tile's) result non-finite.
-    Errors: ValueError for an unknown scheme or impl, operands that do not fit each other, and an x that requires
-    grad: rounding has no useful gradient, so this op is for inference.
+    x: (..., K) floating, any leading dimensions and strides, quantised here; or (values, scale) from `quantize_token`
+    (int8_block128: `quantize_block`), so that one quantisation serves several linears or is part of what produced x.
+    w_q (N, K) and w_scale from `quantize_weight`; bias (N,) or None; activation: None or "gelu_tanh". int8 sums are
+    exact; scales, bias and activation are applied in float32. The result has out_dtype, by default x's (values and
+    scale need it said). A NaN or Inf in a token makes that token's (int8_block128: that tile's) result non-finite.
+    Errors: ValueError for an unknown scheme, activation or impl, operands that do not fit each other, and an x that
+    requires grad: rounding has no useful gradient, so this op is for inference.
     Source: method.md section 7.
     """
     op = "w8a8_linear"
     _check_weight(op, w_q, w_scale, scheme)
-    if x.dtype not in FLOAT_DTYPES:
+    values = x if isinstance(x, Tensor) else x[0]
+    if values.ndim < 1 or values.shape[-1] != w_q.shape[1]:
         raise ValueError(
-            f"{op}: x has dtype {x.dtype}; expected a float type: pass the activations before quantisation"
+            f"{op}: x has shape {tuple(values.shape)}; its last dimension must be {w_q.shape[1]}, the weight's inputs"
         )
-    if x.ndim < 1 or x.shape[-1] != w_q.shape[1]:
+    if not isinstance(x, Tensor):
+        _check_quantised(op, x, scheme)
+        if out_dtype is None:
+            raise ValueError(f"{op}: x is quantised already, so it has no dtype for the result: pass out_dtype")
+    elif x.dtype not in FLOAT_DTYPES:
         raise ValueError(
-            f"{op}: x has shape {tuple(x.shape)}; its last dimension must be {w_q.shape[1]}, the weight's inputs"
+            f"{op}: x has dtype {x.dtype}; expected a float type: pass the activations before quantisation, or values "
+            "and scale"
+        )
+    out_dtype = out_dtype or values.dtype
+    if out_dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{op}: out_dtype={out_dtype} is not a float type; use float16, bfloat16, float32 or float64")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation={activation!r} is not known; use one of {', '.join(map(repr, ACTIVATIONS))}"
         )
     if bias is not None and (tuple(bias.shape) != (w_q.shape[0],) or bias.dtype not in FLOAT_DTYPES):
         raise ValueError(
             f"{op}: bias is {bias.dtype} {tuple(bias.shape)}; expected a float vector of {w_q.shape[0]} values"
         )
-    for name, tensor in (("w_q", w_q), ("w_scale", w_scale), ("bias", bias)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}; move them to one device")
-    if x.requires_grad and torch.is_grad_enabled():
+    others = {"w_q": w_q, "w_scale": w_scale, "bias": bias, "x's scale": None if isinstance(x, Tensor) else x[1]}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != values.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {values.device}; move them to one device")
+    if values.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: x requires grad, but 8-bit linears are for inference; "
             "use torch.no_grad(), or dequantise the model to train it"
         )
-    function = dispatch.choose(op, impl, x.device, IMPLEMENTATIONS)
-    return function(x[None], w_q, w_scale, bias, scheme)[0] if x.ndim == 1 else function(x, w_q, w_scale, bias, scheme)
+    function = dispatch.choose(op, impl, values.device, IMPLEMENTATIONS)
+    if values.ndim > 1:
+        return function(x, w_q, w_scale, bias, scheme, activation, out_dtype)
+    row = x[None] if isinstance(x, Tensor) else (x[0][None], x[1][None])
+    return function(row, w_q, w_scale, bias, scheme, activation, out_dtype)[0]

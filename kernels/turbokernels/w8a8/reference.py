@@ -71,22 +71,20 @@ def product(values_MK: Tensor, w_NK: Tensor) -> Tensor:
     return total_MN.float()
 
 
-def _rows(x: Tensor, w_q_NK: Tensor, w_scale_N: Tensor) -> Tensor:
+def _rows(values: Tensor, x_scale: Tensor, w_q_NK: Tensor, w_scale_N: Tensor) -> Tensor:
     """Scales per token and per output channel: they leave the sum over K."""
-    values_MK, x_scale_M = rounded_rows(x.flatten(0, -2), w_q_NK.dtype)
-    return product(values_MK, w_q_NK).mul_(x_scale_M[:, None]).mul_(w_scale_N)
+    return product(values.flatten(0, -2), w_q_NK).mul_(x_scale.flatten()[:, None]).mul_(w_scale_N)
 
 
-def _tiles(x: Tensor, w_q_NK: Tensor, w_scale_VU: Tensor) -> Tensor:
+def _tiles(values_LK: Tensor, x_scale_TU: Tensor, w_q_NK: Tensor, w_scale_VU: Tensor) -> Tensor:
     """Scales per 128 x 128 tile of both operands: exact integer products of each K tile, scaled and summed in
     float32, K ascending.
     """
     n_features, n_inputs = w_q_NK.shape
-    values_LK, x_scale_TU = rounded_tiles(x, BLOCK)
     values_MK = values_LK.flatten(0, -2)
-    x_scale_MU = x_scale_TU.repeat_interleave(BLOCK, -2)[..., : x.shape[-2], :].flatten(0, -2)
+    x_scale_MU = x_scale_TU.repeat_interleave(BLOCK, -2)[..., : values_LK.shape[-2], :].flatten(0, -2)
     w_scale_NU = w_scale_VU.repeat_interleave(BLOCK, 0)[:n_features]
-    y_MN = torch.zeros(values_MK.shape[0], n_features, device=x.device)
+    y_MN = torch.zeros(values_MK.shape[0], n_features, device=values_LK.device)
     for tile, start in enumerate(range(0, n_inputs, BLOCK)):
         part = slice(start, start + BLOCK)
         scale_MN = x_scale_MU[:, tile, None] * w_scale_NU[:, tile]
@@ -95,13 +93,28 @@ def _tiles(x: Tensor, w_q_NK: Tensor, w_scale_VU: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def w8a8_linear(x: Tensor, w_q_NK: Tensor, w_scale: Tensor, bias_N: Tensor | None, scheme: str) -> Tensor:
-    """Quantise x (..., L, K), multiply in 8 bits, scale and add the bias in float32, return (..., L, N) in x's
-    dtype.
+def w8a8_linear(
+    x: Tensor | tuple[Tensor, Tensor],
+    w_q_NK: Tensor,
+    w_scale: Tensor,
+    bias_N: Tensor | None,
+    scheme: str,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Quantise x (..., L, K), unless it is values and scales already; multiply in 8 bits; scale, add the bias and
+    activate in float32; return (..., L, N) in `out_dtype`.
     """
+    in_tiles = scheme == "int8_block128"
+    if not isinstance(x, Tensor):
+        values, x_scale = x[0].float(), x[1]
+    else:
+        values, x_scale = rounded_tiles(x, BLOCK) if in_tiles else rounded_rows(x, w_q_NK.dtype)
     # Autocast would hand the integers' sums back in bf16, which holds 8 bits of them.
-    with torch.autocast(x.device.type, enabled=False):
-        y_MN = (_tiles if scheme == "int8_block128" else _rows)(x, w_q_NK, w_scale)
+    with torch.autocast(values.device.type, enabled=False):
+        y_MN = (_tiles if in_tiles else _rows)(values, x_scale, w_q_NK, w_scale)
     if bias_N is not None:
         y_MN += bias_N
-    return y_MN.to(x.dtype).view(*x.shape[:-1], w_q_NK.shape[0])
+    if activation == "gelu_tanh":
+        y_MN = F.gelu(y_MN, approximate="tanh")
+    return y_MN.to(out_dtype).view(*values.shape[:-1], w_q_NK.shape[0])

@@ -1,0 +1,47 @@
+"""The W8A8 kernels compile for GPUs that are not here: tensor cores, no spills, two programs per processor."""
+
+from __future__ import annotations
+
+from compile_tools import SHARED_LIMIT, Build, compile_all
+from turbokernels.tuning import Launch
+from turbokernels.w8a8 import kernel
+
+MODULE = "turbokernels.w8a8.kernel"
+
+
+def rows_build(launch: Launch, gelu: bool) -> Build:
+    blocks = dict(launch.blocks)
+    m, n, k = (blocks[f"BLOCK_{name}"] for name in "MNK")
+    types = {"x": "*i8", "w": "*i8", "y": "*bf16"}
+    if blocks["TMA"]:
+        types = {"x": f"tensordesc<i8[{m},{k}]>", "w": f"tensordesc<i8[{n},{k}]>", "y": f"tensordesc<bf16[{m},{n}]>"}
+    types |= {"p_x_scale": "*fp32", "p_w_scale": "*fp32", "p_bias": "*bf16"}
+    types |= dict.fromkeys(("n_rows", "n_out", "n_in", "stride_x", "stride_w"), "i32")
+    constants = {**blocks, "RAGGED_K": False, "GELU": gelu}
+    return Build(f"{MODULE}:_rows_kernel", types, constants, launch.num_warps, launch.num_stages, ("n_out", "n_in"))
+
+
+def tiles_build(launch: Launch) -> Build:
+    types = dict.fromkeys(("length", "n_out", "n_in", "n_samples"), "i32")
+    types |= {"p_x": "*i8", "p_w": "*i8", "p_x_scale": "*fp32", "p_w_scale": "*fp32", "p_bias": "*bf16", "p_y": "*bf16"}
+    constants = {**dict(launch.blocks), "BLOCK": 128, "RAGGED_K": False, "GELU": False}
+    return Build(f"{MODULE}:_tiles_kernel", types, constants, launch.num_warps, launch.num_stages, ("n_out", "n_in"))
+
+
+def test_hopper() -> None:
+    first, described = kernel.HOPPER_POINTERS[0], kernel.HOPPER_TMA[-1]
+    compiled = compile_all([rows_build(first, False), rows_build(described, True), tiles_build(kernel.TILES[0])], 90)
+    for result in compiled:
+        assert result.matrix_instructions == ["wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"]
+        assert result.spills == 0
+        assert result.shared <= SHARED_LIMIT[90]
+    # The default's programs run in pairs: 65,536 registers and 227 KiB for two of 256 threads.
+    assert compiled[0].registers <= 128
+    assert 2 * (compiled[0].shared + 1024) <= SHARED_LIMIT[90]
+
+
+def test_ampere() -> None:
+    for result in compile_all([rows_build(kernel.OTHERS[0], True), tiles_build(kernel.TILES[0])], 80):
+        assert all("s32.s8.s8.s32" in instruction for instruction in result.matrix_instructions)
+        assert result.spills == 0
+        assert result.shared <= SHARED_LIMIT[86]  # which has less than sm80
