@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from turbokernels import dispatch
 from turbokernels.attention_dense import reference
 from turbokernels.checks import check_attention
 
-IMPLEMENTATIONS = {"reference": reference.attention_jvp}
+
+def _triton(*operands: Any) -> tuple[Tensor, Tensor]:
+    from turbokernels.attention_dense import kernel  # here, so that the library imports without Triton
+
+    return kernel.attention_jvp(*operands)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "reference": reference.attention_jvp}
 
 
 def attention_jvp(

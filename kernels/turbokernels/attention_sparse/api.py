@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from turbokernels import dispatch
@@ -9,8 +11,21 @@ from turbokernels.attention_sparse import reference
 from turbokernels.blocks import BlockMask
 from turbokernels.checks import check_attention
 
-IMPLEMENTATIONS = {"reference": reference.sparse_attention}
-JVP_IMPLEMENTATIONS = {"reference": reference.sparse_attention_jvp}
+
+def _triton(*operands: Any) -> Tensor:
+    from turbokernels.attention_sparse import kernel  # here, so that the library imports without Triton
+
+    return kernel.sparse_attention(*operands)
+
+
+def _triton_jvp(*operands: Any) -> tuple[Tensor, Tensor]:
+    from turbokernels.attention_sparse import kernel
+
+    return kernel.sparse_attention_jvp(*operands)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "reference": reference.sparse_attention}
+JVP_IMPLEMENTATIONS = {"triton": _triton_jvp, "reference": reference.sparse_attention_jvp}
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, impl: str = "auto") -> Tensor:

@@ -1,0 +1,213 @@
+"""Triton backward of block-sparse and of dense softmax attention: two passes, without atomics and without scanning.
+
+One pass gives dQ: a program per tile of query rows walks its list of kept key blocks. The other gives dK and dV: a
+program per tile of keys walks the transposed list, the query blocks that keep it. Probabilities are computed again from
+the forward's lse in both. With P the probabilities and scale 1 / sqrt(D), as in `softmax_core.gradients`:
+  delta = rowsum(dO * O); dS = P * (dO V^T - delta); dQ = scale dS K; dK = scale dS^T Q; dV = P^T dO.
+DENSE: every block is kept, and there are no lists. Names and conventions: `attention_tiles.py`.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turbokernels import tuning
+from turbokernels.attention_tiles import (
+    LOG2E,
+    Gpu,
+    describable,
+    gpu_of,
+    load_tile,
+    mask_scores,
+    operand,
+    program_head,
+    store_tile,
+    strides_of,
+)
+from turbokernels.blocks import BlockMask
+from turbokernels.tuning import Launch
+
+
+@triton.jit(do_not_specialize=["length_q", "length_k", "n_kept"])
+def backward_q_kernel(
+    p_q, p_k, p_v, p_o, p_do, p_dq, p_lse, p_delta, p_kept,
+    stride_qb, stride_ql, stride_qn,
+    stride_kb, stride_kl, stride_kn,
+    stride_vb, stride_vl, stride_vn,
+    stride_ob, stride_ol, stride_on,
+    stride_gb, stride_gl, stride_gn,
+    stride_db, stride_dl, stride_dn,
+    length_q, length_k, n_kept, scale, scale_log2,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr,
+    DENSE: tl.constexpr,
+):  # fmt: skip
+    """dq (B, Lq, N, D), and delta (B, N, Lq) for the other pass, for R rows of one query block."""
+    i_row = tl.program_id(0) * R
+    rows = i_row + tl.arange(0, R)
+    b_q = load_tile(p_q, stride_qb, stride_ql, stride_qn, i_row, length_q, R, D, False)
+    b_do = load_tile(p_do, stride_gb, stride_gl, stride_gn, i_row, length_q, R, D, False)
+    b_o = load_tile(p_o, stride_ob, stride_ol, stride_on, i_row, length_q, R, D, False)
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(p_delta + program_head() * length_q + rows, b_delta, mask=rows < length_q)
+    b_lse = tl.load(p_lse + program_head() * length_q + tl.minimum(rows, length_q - 1))
+    b_dq = tl.zeros([R, D], tl.float32)
+
+    PARTS: tl.constexpr = BLOCK_K // T
+    if DENSE:
+        n_steps = tl.cdiv(length_k, T)
+        key_block = 0
+    else:
+        n_steps = n_kept * PARTS
+        p_list = p_kept + (program_head() * tl.cdiv(length_q, BLOCK_Q) + i_row // BLOCK_Q) * n_kept
+        key_block = tl.load(p_list)
+    for step in range(0, n_steps):
+        if DENSE:
+            i_key = step * T
+        else:
+            i_key = key_block * BLOCK_K + step % PARTS * T
+            key_block = tl.load(p_list + tl.minimum((step + 1) // PARTS, n_kept - 1))
+        b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, TMA)
+        b_v = load_tile(p_v, stride_vb, stride_vl, stride_vn, i_key, length_k, T, D, TMA)
+        b_s = mask_scores(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), i_key, length_k, T)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+
+    store_tile(p_dq, stride_db, stride_dl, stride_dn, i_row, length_q, b_dq * scale, R, D)
+
+
+@triton.jit(do_not_specialize=["length_q", "length_k", "n_pairs"])
+def backward_kv_kernel(
+    p_q, p_k, p_v, p_do, p_dk, p_dv, p_lse, p_delta, p_q_blocks, p_offsets,
+    stride_qb, stride_ql, stride_qn,
+    stride_kb, stride_kl, stride_kn,
+    stride_vb, stride_vl, stride_vn,
+    stride_gb, stride_gl, stride_gn,
+    stride_db, stride_dl, stride_dn,
+    length_q, length_k, n_pairs, scale, scale_log2,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr,
+    DENSE: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (B, Lk, N, D, of equal strides) for T keys of one key block; n_pairs: I * M, the length of a head's
+    transposed lists. Scores are computed transposed, [T, R], so that they are left operands without a move."""
+    i_key = tl.program_id(0) * T
+    b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, False)
+    b_v = load_tile(p_v, stride_vb, stride_vl, stride_vn, i_key, length_k, T, D, False)
+    b_dk = tl.zeros([T, D], tl.float32)
+    b_dv = tl.zeros([T, D], tl.float32)
+    p_lse += program_head() * length_q
+    p_delta += program_head() * length_q
+
+    PARTS: tl.constexpr = BLOCK_Q // R
+    if DENSE:
+        n_steps = tl.cdiv(length_q, R)
+        q_block = 0
+    else:
+        p_start = p_offsets + program_head() * (tl.cdiv(length_k, BLOCK_K) + 1) + i_key // BLOCK_K
+        start = tl.load(p_start)
+        n_blocks = tl.load(p_start + 1) - start
+        n_steps = n_blocks * PARTS
+        p_list = p_q_blocks + program_head() * n_pairs + start
+        q_block = tl.load(p_list, mask=n_blocks > 0, other=0)
+    for step in range(0, n_steps):
+        if DENSE:
+            i_row = step * R
+        else:
+            i_row = q_block * BLOCK_Q + step % PARTS * R
+            q_block = tl.load(p_list + tl.minimum((step + 1) // PARTS, n_blocks - 1))
+        b_q = load_tile(p_q, stride_qb, stride_ql, stride_qn, i_row, length_q, R, D, TMA)
+        b_do = load_tile(p_do, stride_gb, stride_gl, stride_gn, i_row, length_q, R, D, TMA)
+        rows = tl.minimum(i_row + tl.arange(0, R), length_q - 1)
+        b_lse = tl.load(p_lse + rows)
+        b_delta = tl.load(p_delta + rows)
+        b_s = mask_scores(tl.dot(b_k, tl.trans(b_q), input_precision="ieee"), i_row, length_q, R)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_ds = b_p * (b_dp - b_delta[None, :])
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+
+    store_tile(p_dk, stride_db, stride_dl, stride_dn, i_key, length_k, b_dk * scale, T, D)
+    store_tile(p_dv, stride_db, stride_dl, stride_dn, i_key, length_k, b_dv, T, D)
+
+
+def backward_q_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
+    """Launch parameters for dQ, best guess first."""
+    if dtype == torch.float32:  # no matrix units: small tiles, which registers can hold
+        return [Launch(4, 1, R=min(block_q, 32), T=min(block_k, 32))]
+    rows, keys, few = min(block_q, 64), min(block_k, 64), min(block_k, 32)
+    if not gpu.is_large:
+        return [Launch(4, 2, R=rows, T=few), Launch(4, 1, R=rows, T=few)]
+    candidates = [Launch(4, 2, R=rows, T=keys), Launch(4, 3, R=rows, T=keys)]
+    if block_q == 128 and gpu.has_wgmma:
+        wide = [Launch(8, 2, R=128, T=keys), Launch(4, 2, R=128, T=few), Launch(8, 3, R=128, T=keys)]
+        candidates = wide + candidates
+    return candidates
+
+
+def backward_kv_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
+    """Launch parameters for dK and dV, best guess first."""
+    if dtype == torch.float32:
+        return [Launch(4, 1, R=min(block_q, 32), T=min(block_k, 32))]
+    rows, keys, few = min(block_q, 64), min(block_k, 64), min(block_q, 32)
+    if not gpu.is_large:
+        return [Launch(4, 2, R=few, T=keys)]
+    candidates = [Launch(4, 2, R=rows, T=keys), Launch(4, 3, R=rows, T=keys)]
+    candidates += [Launch(4, 3, R=few, T=keys), Launch(4, 2, R=few, T=keys)]
+    if block_k == 128 and gpu.has_wgmma:
+        candidates += [Launch(8, 2, R=rows, T=128)]
+    return list(dict.fromkeys(candidates))
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, mask: BlockMask | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of sum(do * o) with respect to q, k and v; packed, in their dtype.
+
+    q, o, do: (B, Lq, N, D); k, v: (B, Lk, N, D); lse: (B, N, Lq) in units of log2, from the forward. mask None: dense.
+    """
+    batch, length_q, heads, dim = q.shape
+    length_k = k.shape[1]
+    do = do if do.stride(3) == 1 else do.contiguous()  # a broadcast gradient, such as that of a sum
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    delta = torch.empty_like(lse)
+    block_q, block_k = (128, 64) if mask is None else (mask.block_q, mask.block_k)
+    dense, scale = mask is None, dim**-0.5
+    kept, n_kept = (None, 0) if mask is None else (mask.kept.contiguous(), mask.n_kept)
+    q_blocks, offsets, n_pairs = (
+        (None, None, 0) if mask is None else (mask.q_blocks, mask.offsets, mask.q_blocks.shape[2])
+    )
+    constants = {"D": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "DENSE": dense}
+    gpu = gpu_of(q)
+    tma_q, tma_kv = describable(k, v), describable(q, do)
+
+    def run_q(launch: Launch) -> None:
+        keys = launch["T"]
+        backward_q_kernel[(triton.cdiv(length_q, launch["R"]), heads, batch)](
+            q, operand(k, keys, tma_q), operand(v, keys, tma_q), o, do, dq, lse, delta, kept,
+            *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(o), *strides_of(do), *strides_of(dq),
+            length_q, length_k, n_kept, scale, scale * LOG2E,
+            TMA=tma_q, **constants, **launch.kwargs(),
+        )  # fmt: skip
+
+    def run_kv(launch: Launch) -> None:
+        rows = launch["R"]
+        backward_kv_kernel[(triton.cdiv(length_k, launch["T"]), heads, batch)](
+            operand(q, rows, tma_kv), k, v, operand(do, rows, tma_kv), dk, dv, lse, delta, q_blocks, offsets,
+            *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(do), *strides_of(dk),
+            length_q, length_k, n_pairs, scale, scale * LOG2E,
+            TMA=tma_kv, **constants, **launch.kwargs(),
+        )  # fmt: skip
+
+    op = "attention" if dense else "sparse_attention"
+    candidates = backward_q_candidates(q.dtype, block_q, block_k, gpu)
+    run_q(tuning.best(f"{op}_backward_q", (dim, q.dtype, block_q, block_k, tma_q), candidates, run_q, q.device))
+    candidates = backward_kv_candidates(q.dtype, block_q, block_k, gpu)
+    run_kv(tuning.best(f"{op}_backward_kv", (dim, q.dtype, block_q, block_k, tma_kv), candidates, run_kv, q.device))
+    return dq, dk, dv

@@ -1,0 +1,55 @@
+"""Sparse and dense attention kernels, their gradients and tangents, under the interpreter."""
+
+from __future__ import annotations
+
+import cases_attention as cases
+import pytest
+import torch
+from turbokernels import attention_jvp, sparse_attention
+
+
+@pytest.mark.parametrize("case", cases.SPARSE_CASES)
+def test_sparse(case: tuple) -> None:
+    cases.check_sparse(case, torch.float16, "cpu")
+
+
+@pytest.mark.parametrize("case", cases.DENSE_CASES)
+def test_dense(case: tuple[int, int, int]) -> None:
+    cases.check_dense(case, torch.float16, "cpu")
+
+
+def test_single_precision() -> None:
+    cases.check_sparse((63, 70, 16, 32, 0.5, 16), torch.float32, "cpu")
+    cases.check_dense((33, 70, 32), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("size", [3.0, 10.0])
+def test_outliers(size: float) -> None:
+    cases.check_sparse((63, 100, 32, 32, 0.6, 32), torch.float16, "cpu", size)
+    cases.check_dense((63, 40, 32), torch.float16, "cpu", size)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_strides(sparse: bool) -> None:
+    cases.check_strides(sparse, torch.float16, "cpu")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [cases.check_one_key, cases.check_absent_tangents, cases.check_only_the_value_has_a_gradient, cases.check_nan],
+)
+def test_edges(check) -> None:
+    check("cpu")
+
+
+def test_what_the_kernel_does_not_do_is_named() -> None:
+    def refused(dim: int, dtype: torch.dtype, message: str) -> None:
+        x = torch.zeros(1, 32, 1, dim, dtype=dtype)
+        mask = cases.random_mask(1, 1, 32, 32, 16, 16, 0.5)
+        with pytest.raises(ValueError, match=f"sparse_attention: {message}"):
+            sparse_attention(x, x, x, mask, impl="triton")
+        with pytest.raises(ValueError, match=f"attention_jvp: {message}"):
+            attention_jvp(x, x, x, x, x, x, impl="triton")
+
+    refused(16, torch.float64, "the kernel has no torch.float64; use float16, bfloat16, float32 or impl='reference'")
+    refused(24, torch.float32, "the kernel has no head dim 24; use 16, 32, 64, 128 or impl='reference'")
