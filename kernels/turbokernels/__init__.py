@@ -15,8 +15,8 @@ from turbokernels.attention_sage.api import sage_attention, sage_sparse_attentio
 from turbokernels.attention_sparse.api import sparse_attention, sparse_attention_jvp
 from turbokernels.block_selection.api import select_blocks
 from turbokernels.blocks import BlockMask
-from turbokernels.fused_gate_residual.api import gate_residual
-from turbokernels.fused_norm_modulate.api import layer_norm_modulate
+from turbokernels.fused_gate_residual.api import gate_residual, gate_residual_norm, gate_residual_norm_quantize
+from turbokernels.fused_norm_modulate.api import layer_norm_modulate, layer_norm_modulate_quantize
 from turbokernels.fused_rms_rope.api import rms_norm_rope
 from turbokernels.quantize.api import quantize_block, quantize_channel, quantize_token
 from turbokernels.w8a8.api import w8a8_linear
@@ -27,7 +27,10 @@ __all__ = [
     "add_linear_attention_jvp",
     "attention_jvp",
     "gate_residual",
+    "gate_residual_norm",
+    "gate_residual_norm_quantize",
     "layer_norm_modulate",
+    "layer_norm_modulate_quantize",
     "linear_attention",
     "linear_attention_jvp",
     "quantize_block",

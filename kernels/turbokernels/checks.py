@@ -5,7 +5,7 @@ Shape suffixes: B batch, L tokens, N heads, D head dim.
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float16, float32, float64
+from torch import Tensor, bfloat16, float16, float32, float64, is_grad_enabled
 
 FLOAT_DTYPES = (float16, bfloat16, float32, float64)
 
@@ -72,3 +72,12 @@ def check_modulation(op: str, x: Tensor, **others: Tensor) -> None:
             )
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}; move them to one device")
+
+
+def check_inference(op: str, **tensors: Tensor) -> None:
+    """Refuse operands that require grad, for ops that round to 8 bits."""
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} requires grad, but rounding to 8 bits has no useful gradient; use no_grad()"
+            )

@@ -167,16 +167,16 @@ def check_row_kernel(op: str, x: Tensor, width: int, quantized: torch.dtype | No
         )
 
 
-def row_launches(width: int, **blocks: int) -> list[Launch]:
-    """Candidates for rows of `width`: the fewest warps that keep a thread's share of a row small come first."""
-    launches = []
+def row_launches(width: int, preferred: int = MAX_PER_THREAD) -> list[Launch]:
+    """Candidates for rows of `width`: first the fewest warps that give a thread at most `preferred` of its features."""
+    launches = {}
     for num_warps in (1, 2, 4, 8, 16):
         # 8 features of a thread in a piece: one 16-byte load of 16-bit values.
         chunk = min(256 * num_warps, max(32, triton.next_power_of_2(width)))
         per_thread = triton.cdiv(width, chunk) * chunk // (32 * num_warps)
         if per_thread <= MAX_PER_THREAD:
-            launches.append(Launch(num_warps, 1, CHUNK=chunk, **blocks))
-    return launches[:3]
+            launches[Launch(num_warps, 1, CHUNK=chunk)] = per_thread
+    return sorted(launches, key=lambda launch: launches[launch] > preferred)[:4]
 
 
 def as_samples(x: Tensor) -> Tensor:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from turbokernels import gate_residual, layer_norm_modulate, rms_norm_rope
+from turbokernels import (
+    gate_residual,
+    gate_residual_norm,
+    gate_residual_norm_quantize,
+    layer_norm_modulate,
+    layer_norm_modulate_quantize,
+    quantize_token,
+    rms_norm_rope,
+)
 from turbokernels.testing import assert_within_budget
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -69,6 +77,24 @@ def test_a_wide_stream_keeps_its_dtype() -> None:
     """The residual stream is float32 while the branch is bf16: nothing is rounded to 16 bits on the way."""
     x, y, gate = torch.randn(1, 4, 8), torch.randn(1, 4, 8).bfloat16(), torch.randn(1, 1, 8)
     assert gate_residual(x, y, gate).equal(torch.addcmul(x, y.float(), gate))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_chains_are_their_links(dtype: torch.dtype) -> None:
+    """A norm after the residual is of the stored stream; its values are quantised before any rounding to 16 bits."""
+    x, y, gate = torch.randn(2, 5, 48), torch.randn(2, 5, 48).bfloat16(), torch.randn(2, 1, 48)
+    scale, shift = torch.randn(2, 2, 1, 48).unbind(0)
+    stream = gate_residual(x, y, gate)
+    out, h = gate_residual_norm(x, y, gate, scale, shift)
+    assert h.dtype == y.dtype
+    assert torch.equal(out, stream)
+    assert torch.equal(h, layer_norm_modulate(stream, scale, shift).bfloat16())
+    expected = quantize_token(layer_norm_modulate(stream, scale, shift), dtype)
+    chained = gate_residual_norm_quantize(x, y, gate, scale, shift, dtype=dtype)
+    assert torch.equal(chained[0], stream)
+    for values, token_scale in (chained[1:], layer_norm_modulate_quantize(stream, scale, shift, dtype=dtype)):
+        assert torch.equal(values.float(), expected[0].float())
+        assert torch.equal(token_scale, expected[1])
 
 
 def test_gradients_reach_every_operand() -> None:

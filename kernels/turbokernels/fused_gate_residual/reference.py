@@ -1,4 +1,4 @@
-"""Specification of the gated residual in plain PyTorch (Wan, arXiv 2503.20314).
+"""Specification of the gated residual, and of the norm after it, in plain PyTorch (Wan, arXiv 2503.20314).
 
 Shape suffixes: B batch, L tokens, C channels; S is 1 (one gate per sample) or L (one per token).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from turbokernels.fused_norm_modulate import reference as norm
 from turbokernels.softmax_core import compute_dtype
 
 
@@ -15,3 +16,26 @@ def gate_residual(x_BLC: Tensor, y_BLC: Tensor, gate_BSC: Tensor) -> Tensor:
     """x + y * gate."""
     dtype = compute_dtype(x_BLC.dtype)
     return torch.addcmul(x_BLC.to(dtype), y_BLC.to(dtype), gate_BSC.to(dtype)).to(x_BLC.dtype)
+
+
+def gate_residual_norm(
+    x_BLC: Tensor, y_BLC: Tensor, gate_BSC: Tensor, scale_BSC: Tensor, shift_BSC: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + y * gate in x's dtype, and the modulated norm of that in y's dtype."""
+    out_BLC = gate_residual(x_BLC, y_BLC, gate_BSC)
+    return out_BLC, norm.modulated(out_BLC, scale_BSC, shift_BSC, eps).to(y_BLC.dtype)
+
+
+@torch.no_grad()
+def gate_residual_norm_quantize(
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate_BSC: Tensor,
+    scale_BSC: Tensor,
+    shift_BSC: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + y * gate in x's dtype, and the modulated norm of that: values of `dtype` and float32 scales (B, L)."""
+    out_BLC = gate_residual(x_BLC, y_BLC, gate_BSC)
+    return out_BLC, *norm.layer_norm_modulate_quantize(out_BLC, scale_BSC, shift_BSC, eps, dtype)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from turbokernels import dispatch
 from turbokernels.checks import check_floating
 from turbokernels.fused_rms_rope import reference
 
-IMPLEMENTATIONS = {"reference": reference.rms_norm_rope}
+
+def _triton(*operands: Any) -> Tensor:
+    from turbokernels.fused_rms_rope import kernel  # here, so that the library imports without Triton
+
+    return kernel.rms_norm_rope(*operands)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "reference": reference.rms_norm_rope}
 
 
 def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, impl: str = "auto") -> Tensor:

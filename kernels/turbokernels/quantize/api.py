@@ -39,7 +39,8 @@ def _check(op: str, x: Tensor, min_dims: int) -> None:
         )
 
 
-def _check_dtype(op: str, dtype: torch.dtype) -> None:
+def check_dtype(op: str, dtype: torch.dtype) -> None:
+    """Require an 8-bit type that a scheme has."""
     if dtype not in reference.LIMITS:
         raise ValueError(f"{op}: dtype={dtype} is not an 8-bit type of a scheme; use torch.int8 or torch.float8_e4m3fn")
 
@@ -65,7 +66,7 @@ def quantize_token(
     """
     op = "quantize_token"
     _check(op, x, 1)
-    _check_dtype(op, dtype)
+    check_dtype(op, dtype)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"{op}: activation={activation!r} is not known; use one of {', '.join(map(repr, ACTIVATIONS))}"
@@ -85,7 +86,7 @@ def quantize_channel(w: Tensor, dtype: torch.dtype = torch.int8, impl: str = "au
     `quantize_token`.
     """
     _check("quantize_channel", w, 2)
-    _check_dtype("quantize_channel", dtype)
+    check_dtype("quantize_channel", dtype)
     return dispatch.choose("quantize_channel", impl, w.device, ROW_IMPLEMENTATIONS)(w, dtype)
 
 

@@ -1,0 +1,125 @@
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+"""Triton kernel of RMSNorm over all heads, then rotary embedding: a token is read once and written once.
+
+Shape suffixes: B batch, L tokens, N heads, D head dim, H half of the head dim.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turbokernels.fused_rms_rope import reference
+from turbokernels.recompute import differentiable
+from turbokernels.rows import (
+    check_row_kernel,
+    load_piece,
+    load_row,
+    row_launches,
+    row_sum_of_squares,
+    store_piece,
+)
+from turbokernels.tuning import Launch, best
+
+
+@triton.jit
+def _load_heads(p_token, stride_head, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """As load_row, of heads that do not follow one another in memory."""
+    row = ()
+    for start in tl.static_range(0, WIDTH, CHUNK):
+        i_c = start + tl.arange(0, CHUNK)
+        b_x = tl.load(p_token + i_c // HEAD_DIM * stride_head + i_c % HEAD_DIM, mask=i_c < WIDTH, other=0.0)
+        row = row + (b_x.to(tl.float32),)  # noqa: RUF005 (Triton has no starred tuples)
+    return row
+
+
+@triton.jit(do_not_specialize=["length"])
+def _rms_rope_kernel(
+    p_x,
+    p_weight,
+    p_cos,
+    p_sin,
+    p_out,
+    length,
+    eps,
+    stride_xb,
+    stride_xl,
+    stride_xn,
+    stride_cos,
+    stride_sin,
+    PACKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One token: all its heads normed together, then every pair of neighbours turned by its angle."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b, i_l = i_row // length, i_row % length
+    p_token = p_x + i_b * stride_xb + i_l * stride_xl
+    if PACKED:
+        row = load_row(p_token, WIDTH, CHUNK)
+    else:
+        row = _load_heads(p_token, stride_xn, HEAD_DIM, WIDTH, CHUNK)
+    mean_square = tl.div_rn(row_sum_of_squares(row, 0.0, WIDTH, CHUNK), WIDTH * 1.0)
+    inverse_rms = tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
+    i_pair = tl.arange(0, CHUNK // 2)
+    for i in tl.static_range(len(row)):
+        b_x = row[i] * inverse_rms * load_piece(p_weight, i, WIDTH, CHUNK)
+        b_real, b_imag = tl.split(tl.reshape(b_x, (CHUNK // 2, 2)))  # [CHUNK / 2]
+        # The angles repeat in every head.
+        i_h = (i * (CHUNK // 2) + i_pair) % (HEAD_DIM // 2)
+        b_cos = tl.load(p_cos + i_l * stride_cos + i_h).to(tl.float32)
+        b_sin = tl.load(p_sin + i_l * stride_sin + i_h).to(tl.float32)
+        b_turned = tl.join(b_real * b_cos - b_imag * b_sin, b_real * b_sin + b_imag * b_cos)  # [CHUNK / 2, 2]
+        store_piece(p_out + i_row * WIDTH, tl.reshape(b_turned, (CHUNK,)), i, WIDTH, CHUNK)
+
+
+@torch.library.custom_op("turbokernels::rms_norm_rope", mutates_args=())
+def _rms_norm_rope(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor, sin_LH: Tensor, eps: float) -> Tensor:
+    batch, length, heads, head_dim = x_BLND.shape
+    out_BLND = torch.empty(x_BLND.shape, dtype=x_BLND.dtype, device=x_BLND.device)
+    if not out_BLND.numel():
+        return out_BLND
+
+    def run(launch: Launch) -> None:
+        _rms_rope_kernel[(batch * length,)](
+            x_BLND,
+            weight_ND,
+            cos_LH,
+            sin_LH,
+            out_BLND,
+            length,
+            eps,
+            *x_BLND.stride()[:3],
+            cos_LH.stride(0),
+            sin_LH.stride(0),
+            PACKED=heads == 1 or x_BLND.stride(2) == head_dim,
+            HEAD_DIM=head_dim,
+            WIDTH=heads * head_dim,
+            **launch.kwargs(),
+        )
+
+    run(best("rms_norm_rope", (heads, head_dim, x_BLND.dtype), row_launches(heads * head_dim), run, x_BLND.device))
+    return out_BLND
+
+
+@_rms_norm_rope.register_fake
+def _(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor, sin_LH: Tensor, eps: float) -> Tensor:
+    return torch.empty(x_BLND.shape, dtype=x_BLND.dtype, device=x_BLND.device)
+
+
+def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """As reference.rms_norm_rope."""
+    op = "rms_norm_rope"
+    check_row_kernel(op, x, x.shape[2] * x.shape[3])
+    for operand in (weight, cos, sin):
+        check_row_kernel(op, operand, 1)
+
+    def fused(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _rms_norm_rope(x, weight, cos, sin, eps)
+
+    return differentiable(op, fused, partial(reference.rms_norm_rope, eps=eps), x, weight, cos, sin)
