@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,22 @@ from turbokernels.blocks import BlockMask
 from turbokernels.checks import check_attention
 
 PV_FORMATS = ("auto", "fp8", "fp16")
-IMPLEMENTATIONS = {"reference": reference.sage_attention}
-SPARSE_IMPLEMENTATIONS = {"reference": reference.sage_sparse_attention}
+
+
+def _triton(*operands: Any) -> Tensor:
+    from turbokernels.attention_sage import launch  # here, so that the library imports without Triton
+
+    return launch.sage_attention(*operands)
+
+
+def _triton_sparse(*operands: Any) -> Tensor:
+    from turbokernels.attention_sage import launch
+
+    return launch.sage_sparse_attention(*operands)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "reference": reference.sage_attention}
+SPARSE_IMPLEMENTATIONS = {"triton": _triton_sparse, "reference": reference.sage_sparse_attention}
 
 
 def _resolve_pv(op: str, q: Tensor, k: Tensor, v: Tensor, pv: str) -> str:

@@ -1,0 +1,290 @@
+"""Quantised attention in Triton (SageAttention 2, arXiv 2411.10958; method.md end of section 7).
+
+Three passes over memory prepare the operands, then one kernel attends:
+
+    statistics   the sum of k and the largest |v| of each channel, partial per program: smoothing and v's scales
+    rows         q, and k minus its mean, to int8 with one scale per block of tokens; q's scale holds the softmax's
+    values       v to e4m3 with one scale per channel, transposed: Hopper's 8-bit products want tokens contiguous in both
+                 operands; or to float16
+    attend       int8 scores, online softmax in float32, P V in e4m3 or float16
+
+8-bit operands are packed (batch * heads first) and padded to whole blocks with zeros, so that the loop over blocks has
+no masks; only a row's last kept block can be ragged. Hopper's e4m3 products keep about 14 bits of their sums: each key
+tile is summed on its own and added in float32.
+
+In kernels: G batch * heads, R query rows of a program, T keys of one step, D head dim, W width of int8 rows (D, at least
+32: an 8-bit product is no narrower).
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from turbokernels.rows import safe_scale, to_8_bits
+from turbokernels.tuning import interpreted
+
+SPLITS = tl.constexpr(32)  # programs per head that share the statistics
+LOG2_FP8_MAX = tl.constexpr(8.807354922057604)  # log2(448): probabilities use the whole range of e4m3
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def largest_magnitude(b_x, AXIS: tl.constexpr):
+    """max |x| of float32 along an axis, NaN if there is one: as integers, magnitudes are ordered and NaN is the largest."""
+    return tl.max(tl.abs(b_x).to(tl.int32, bitcast=True), AXIS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_fp8(b_x):
+    """Float32 of magnitude up to 448 to e4m3, to nearest even."""
+    if INTERPRETED:  # whose conversion loses a carry: round to the grid of e4m3 first, normal and subnormal
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_normal = ((b_bits + 0x7FFFF + ((b_bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+        b_subnormal = (b_x + 24576.0) - 24576.0  # the last place of 1.5 * 2^14 is 2^-9, e4m3's smallest step
+        b_x = tl.where(b_x != b_x, b_x, tl.minimum(tl.where(tl.abs(b_x) < 0.015625, b_subnormal, b_normal), 448.0))
+    return to_8_bits(b_x, tl.float8e4nv)
+
+
+@triton.jit
+def head_offset(i_g, heads, stride_b, stride_n):
+    """Elements from the start of a (B, L, N, D) tensor to its first token of batch * head i_g."""
+    return (i_g // heads).to(tl.int64) * stride_b + (i_g % heads).to(tl.int64) * stride_n
+
+
+@triton.jit(do_not_specialize=("length", "tiles_per_program"))
+def statistics_kernel(
+    p_k,
+    p_v,
+    p_partial,  # float32 (G, 2, SPLITS, D): sums of k, largest |v|
+    stride_kb,
+    stride_kl,
+    stride_kn,
+    stride_vb,
+    stride_vl,
+    stride_vn,
+    heads,
+    length,
+    tiles_per_program,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_split, i_g = tl.program_id(0), tl.program_id(1)
+    p_k += head_offset(i_g, heads, stride_kb, stride_kn)
+    p_v += head_offset(i_g, heads, stride_vb, stride_vn)
+    i_d = tl.arange(0, D)
+    b_sum = tl.zeros((D,), tl.float32)
+    b_bits = tl.zeros((D,), tl.int32)  # of the largest |v|
+    first = i_split * tiles_per_program
+    for i_tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(length, BLOCK))):
+        i_t = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+        b_k = tl.load(p_k + i_t * stride_kl + i_d[None, :], mask=i_t < length, other=0.0).to(tl.float32)
+        b_v = tl.load(p_v + i_t * stride_vl + i_d[None, :], mask=i_t < length, other=0.0).to(tl.float32)
+        b_sum += tl.sum(b_k, 0)
+        b_bits = tl.maximum(b_bits, largest_magnitude(b_v, 0).to(tl.int32, bitcast=True))
+    p_partial += (i_g.to(tl.int64) * 2 * SPLITS + i_split) * D + i_d
+    tl.store(p_partial, b_sum)
+    tl.store(p_partial + SPLITS * D, b_bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def load_partial(p_partial, i_g, KIND: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """[SPLITS, W] of one kind of statistics of a head; channels past D are 0."""
+    i_d, i_split = tl.arange(0, W), tl.arange(0, SPLITS)
+    p_partial += (i_g.to(tl.int64) * 2 + KIND) * SPLITS * D
+    return tl.load(p_partial + i_split[:, None] * D + i_d[None, :], mask=(i_d < D)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=("length",))
+def rows_kernel(
+    p_x,
+    p_partial,  # float32 (G, 2, SPLITS, D), read if SMOOTH
+    p_values,  # int8 (G, blocks * BLOCK, W)
+    p_scale,  # float32 (G, blocks)
+    stride_b,
+    stride_l,
+    stride_n,
+    heads,
+    length,
+    factor,
+    SMOOTH: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of q, or of k minus its mean, to int8; its scale times `factor`."""
+    i_block, i_g = tl.program_id(0), tl.program_id(1)
+    i_d = tl.arange(0, W)[None, :]
+    i_t = (i_block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    m_x = (i_t < length) & (i_d < D)  # [BLOCK, W]
+    p_x += head_offset(i_g, heads, stride_b, stride_n)
+    b_x = tl.load(p_x + i_t * stride_l + i_d, mask=m_x, other=0.0).to(tl.float32)
+    if SMOOTH:
+        b_mean = tl.sum(load_partial(p_partial, i_g, 0, D, W), 0) / length
+        b_x = tl.where(m_x, b_x - b_mean[None, :], 0.0)
+    scale = safe_scale(largest_magnitude(largest_magnitude(b_x, 1), 0), 127.0)
+    i_block = i_g.to(tl.int64) * tl.num_programs(0) + i_block
+    p_values += (i_block * BLOCK + tl.arange(0, BLOCK))[:, None] * W + i_d
+    tl.store(p_values, to_8_bits(b_x * (1.0 / scale), tl.int8))
+    tl.store(p_scale + i_block, scale * factor)
+
+
+@triton.jit(do_not_specialize=("length",))
+def values_kernel(
+    p_v,
+    p_partial,  # float32 (G, 2, SPLITS, D), read if FP8
+    p_values,  # e4m3 (G, D, blocks * BLOCK) if FP8, else float16 (G, blocks * BLOCK, D)
+    stride_b,
+    stride_l,
+    stride_n,
+    heads,
+    length,
+    FP8: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of v to the format of P V."""
+    i_block, i_g = tl.program_id(0), tl.program_id(1)
+    i_d = tl.arange(0, D)
+    i_t = (i_block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    p_v += head_offset(i_g, heads, stride_b, stride_n)
+    m_t = (i_t < length)[:, None]
+    b_v = tl.load(p_v + i_t[:, None] * stride_l + i_d[None, :], mask=m_t, other=0.0)
+    padded = tl.num_programs(0).to(tl.int64) * BLOCK
+    p_values += i_g.to(tl.int64) * padded * D
+    if FP8:
+        b_scale = safe_scale(largest_magnitude(load_partial(p_partial, i_g, 1, D, D), 0), 448.0)
+        b_values = to_fp8(b_v.to(tl.float32) * (1.0 / b_scale)[None, :])
+        tl.store(p_values + i_d[:, None] * padded + i_t[None, :], tl.trans(b_values))
+    else:
+        tl.store(p_values + i_t[:, None] * D + i_d[None, :], b_v.to(tl.float16))
+
+
+@triton.jit
+def load_keys(p_k, p_v, i_key, padded, FP8: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
+    """k [T, W] and v [T, D] of the keys i_key (int64), in their 8- or 16-bit formats."""
+    i_d = tl.arange(0, D)
+    b_k = tl.load(p_k + i_key[:, None] * W + tl.arange(0, W)[None, :])
+    if FP8:
+        b_v = tl.trans(tl.load(p_v + i_d[:, None] * padded + i_key[None, :]))
+    else:
+        b_v = tl.load(p_v + i_key[:, None] * D + i_d[None, :])
+    return b_k, b_v
+
+
+@triton.jit
+def add_keys(b_o, b_sum, b_max, b_new, b_p, b_v, FP8: tl.constexpr):
+    """Add one tile of keys with unnormalised probabilities b_p [R, T] to the output and the row sums."""
+    b_alpha = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+    if FP8:
+        b_o = b_o * b_alpha[:, None] + tl.dot(to_fp8(b_p), b_v)
+    else:
+        b_o = tl.dot(b_p.to(tl.float16), b_v, b_o * b_alpha[:, None])
+    return b_o, b_sum, b_new
+
+
+@triton.jit
+def step(b_o, b_sum, b_max, b_q, b_k, b_v, scale, FP8: tl.constexpr):
+    """A tile of keys that all exist and share one scale: the softmax's factor and shift are one multiply-add."""
+    b_s = tl.dot(b_q, tl.trans(b_k), out_dtype=tl.int32).to(tl.float32)  # [R, T]
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+    b_shift = b_new - LOG2_FP8_MAX if FP8 else b_new
+    b_p = tl.exp2(b_s * scale - b_shift[:, None])
+    return add_keys(b_o, b_sum, b_max, b_new, b_p, b_v, FP8)
+
+
+@triton.jit
+def masked_step(b_o, b_sum, b_max, b_q, b_k, b_v, b_scale, m_key, FP8: tl.constexpr):
+    """A tile of keys of which some may not exist; b_scale is a scalar or [1, T]."""
+    b_s = tl.dot(b_q, tl.trans(b_k), out_dtype=tl.int32).to(tl.float32) * b_scale
+    b_s = tl.where(m_key[None, :], b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_shift = b_new - LOG2_FP8_MAX if FP8 else b_new
+    b_p = tl.exp2(b_s - b_shift[:, None])
+    return add_keys(b_o, b_sum, b_max, b_new, b_p, b_v, FP8)
+
+
+@triton.jit(do_not_specialize=("length_q", "length_k", "n_q_blocks", "n_k_blocks", "n_kept"))
+def attend_kernel(
+    p_q,  # int8 (G, n_q_blocks * BLOCK_Q, W)
+    p_k,  # int8 (G, n_k_blocks * BLOCK_K, W)
+    p_v,  # see `values_kernel`
+    p_q_scale,  # float32 (G, n_q_blocks), with the softmax's scale in units of log2
+    p_k_scale,  # float32 (G, n_k_blocks)
+    p_partial,  # for v's scales, read if FP8
+    p_kept,  # int32 (G, n_q_blocks, n_kept), read if SPARSE
+    p_o,
+    stride_ob,
+    stride_ol,
+    stride_on,
+    heads,
+    length_q,
+    length_k,
+    n_q_blocks,
+    n_k_blocks,
+    n_kept,
+    SPARSE: tl.constexpr,
+    FP8: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,  # queries of a program, at most BLOCK_Q
+    KEYS: tl.constexpr,  # keys of a step: part of a block, or several small blocks
+):
+    i_tile, i_g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_block = i_tile // (BLOCK_Q // ROWS)
+    padded_k = n_k_blocks.to(tl.int64) * BLOCK_K
+    p_k += i_g * padded_k * W
+    p_v += i_g * padded_k * D
+    p_k_scale += i_g * n_k_blocks
+    p_kept += (i_g * n_q_blocks + i_block) * n_kept
+    i_row = i_tile * ROWS + tl.arange(0, ROWS)
+    p_q += (i_g * n_q_blocks * BLOCK_Q + i_row)[:, None] * W
+    b_q = tl.load(p_q + tl.arange(0, W)[None, :])  # [R, W]
+    q_scale = tl.load(p_q_scale + i_g * n_q_blocks + i_block)
+    i_t = tl.arange(0, KEYS)
+    b_o = tl.zeros((ROWS, D), tl.float32)
+    b_sum = tl.zeros((ROWS,), tl.float32)
+    b_max = tl.full((ROWS,), float("-inf"), tl.float32)
+
+    if BLOCK_K >= KEYS:
+        PARTS: tl.constexpr = BLOCK_K // KEYS
+        n_whole = (n_kept - 1) * PARTS
+        # The list's next entry is loaded a step ahead, so that no address waits for it.
+        i_next = tl.load(p_kept) if SPARSE else 0
+        for i_step in range(n_whole):
+            i_k = i_next if SPARSE else i_step // PARTS
+            if SPARSE:
+                i_next = tl.load(p_kept + (i_step + 1) // PARTS)
+            i_key = (i_k * BLOCK_K + (i_step % PARTS) * KEYS + i_t).to(tl.int64)
+            b_k, b_v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W)
+            scale = q_scale * tl.load(p_k_scale + i_k)
+            b_o, b_sum, b_max = step(b_o, b_sum, b_max, b_q, b_k, b_v, scale, FP8)
+        i_k = tl.load(p_kept + n_kept - 1) if SPARSE else n_kept - 1
+        for i_part in tl.static_range(PARTS):
+            i_key = (i_k * BLOCK_K + i_part * KEYS + i_t).to(tl.int64)
+            b_k, b_v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W)
+            scale = q_scale * tl.load(p_k_scale + i_k)
+            b_o, b_sum, b_max = masked_step(b_o, b_sum, b_max, b_q, b_k, b_v, scale, i_key < length_k, FP8)
+    else:
+        GROUP: tl.constexpr = KEYS // BLOCK_K
+        for i_step in range(tl.cdiv(n_kept, GROUP)):
+            i_slot = i_step * GROUP + i_t // BLOCK_K  # [T]
+            m_slot = i_slot < n_kept
+            i_k = tl.load(p_kept + i_slot, mask=m_slot, other=0) if SPARSE else tl.where(m_slot, i_slot, 0)
+            i_key = (i_k * BLOCK_K + i_t % BLOCK_K).to(tl.int64)
+            b_k, b_v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W)
+            b_scale = (q_scale * tl.load(p_k_scale + i_k))[None, :]
+            m_key = m_slot & (i_key < length_k)
+            b_o, b_sum, b_max = masked_step(b_o, b_sum, b_max, b_q, b_k, b_v, b_scale, m_key, FP8)
+
+    i_d = tl.arange(0, D)
+    b_o *= (1.0 / b_sum)[:, None]
+    if FP8:
+        b_o *= safe_scale(largest_magnitude(load_partial(p_partial, i_g, 1, D, D), 0), 448.0)[None, :]
+    p_o += head_offset(i_g, heads, stride_ob, stride_on)
+    p_o += i_row.to(tl.int64)[:, None] * stride_ol + i_d[None, :]
+    tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=(i_row < length_q)[:, None])

@@ -1,0 +1,55 @@
+"""Quantised attention's kernels compile for GPUs that are not here: 8-bit matrix instructions, no spills on sm90."""
+
+from __future__ import annotations
+
+import pytest
+from compile_tools import SHARED_LIMIT, Build, compile_all
+
+MODULE = "turbokernels.attention_sage.kernel:"
+
+
+def strides(*names: str) -> dict[str, str]:
+    return {f"stride_{name}{axis}": "i32" for name in names for axis in "bln"}
+
+
+def attend(block_q: int, block_k: int, dim: int, pv: str, warps: int, stages: int) -> Build:
+    types = {
+        "p_q": "*i8",
+        "p_k": "*i8",
+        "p_v": "*fp8e4nv" if pv == "fp8" else "*fp16",
+        "p_kept": "*i32",
+        "p_o": "*bf16",
+    }
+    types |= dict.fromkeys(("p_q_scale", "p_k_scale", "p_partial"), "*fp32") | strides("o")
+    types |= dict.fromkeys(("heads", "length_q", "length_k", "n_q_blocks", "n_k_blocks", "n_kept"), "i32")
+    constants = {"SPARSE": True, "FP8": pv == "fp8", "D": dim, "W": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+    return Build(MODULE + "attend_kernel", types, {**constants, "ROWS": block_q, "KEYS": block_k}, warps, stages)
+
+
+def preparations(pv: str) -> list[Build]:
+    floats = {"p_partial": "*fp32", "heads": "i32", "length": "i32"}
+    rows = {"p_x": "*bf16", "p_values": "*i8", "p_scale": "*fp32", "factor": "fp32", "stride_b": "i32"}
+    packed = {"stride_l": "i32", "stride_n": "i32", **floats}
+    values = {"p_v": "*bf16", "p_values": "*fp8e4nv" if pv == "fp8" else "*fp16", "stride_b": "i32", **packed}
+    statistics = {"p_k": "*bf16", "p_v": "*bf16", "tiles_per_program": "i32", **floats, **strides("k", "v")}
+    return [
+        Build(MODULE + "statistics_kernel", statistics, {"D": 128, "BLOCK": 64}, 8, 3),
+        Build(MODULE + "rows_kernel", rows | packed, {"SMOOTH": True, "D": 128, "W": 128, "BLOCK": 128}, 8, 1),
+        Build(MODULE + "values_kernel", values, {"FP8": pv == "fp8", "D": 128, "BLOCK": 64}, 8, 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arch", "pv", "instructions"),
+    [(80, "fp16", ("s32.s8.s8", "f32.f16.f16")), (90, "fp8", ("s32.s8.s8", "f32.e4m3.e4m3"))],
+)
+def test_kernels_compile(arch: int, pv: str, instructions: tuple[str, ...]) -> None:
+    attends = [attend(128, 64, 128, pv, 8, 3), attend(64, 64, 64, pv, 4, 3)]
+    for build, compiled in zip(attends + preparations(pv), compile_all(attends + preparations(pv), arch)):
+        assert compiled.shared <= SHARED_LIMIT[arch], (build, compiled.shared)
+        if arch == 90:
+            assert compiled.spills == 0, (build, compiled.spills)
+        if build in attends:
+            assert compiled.has_wgmma == (arch == 90)
+            found = " ".join(compiled.matrix_instructions)
+            assert all(wanted in found for wanted in instructions), found
