@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases_w8a8 as cases
 import pytest
 import torch
-from turbokernels import w8a8_linear
+from turbokernels import quantize_token, w8a8_linear
 from turbokernels.tuning import Launch
 from turbokernels.w8a8 import kernel
 
@@ -47,6 +47,27 @@ def test_epilogue(scheme: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("check", [cases.check_given_quantised, cases.check_non_finite, cases.check_empty_and_single])
 def test_edges(check, scheme: str) -> None:
     check(scheme, "cpu")
+
+
+@pytest.mark.parametrize("scheme", INT8)
+def test_no_graph_break(scheme: str) -> None:
+    x, w_q, w_scale, bias = cases.operands((2, 9, 64), 48, torch.float16, scheme)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return w8a8_linear(x, w_q, w_scale, bias, scheme, "triton")
+
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
+def test_operator_registration() -> None:
+    x, w_q, w_scale, bias = cases.operands((9, 64), 48, torch.float16, "int8_channel")
+    values, scale = quantize_token(x)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernel._linear_rows, (values, scale, w_q, w_scale, bias, True, x.dtype), test_utils=checks)
+    tiles = (values[None], torch.ones(1, 1, 1), w_q, torch.ones(1, 1), None, False, torch.float32)
+    torch.library.opcheck(kernel._linear_tiles, tiles, test_utils=checks)
+    torch.library.opcheck(kernel.quantize._quantize_rows, (x, None, torch.int8, "gelu_tanh"), test_utils=checks)
+    torch.library.opcheck(kernel.quantize._quantize_block, (x, 32), test_utils=checks)
 
 
 def test_bad_operands_are_named() -> None:

@@ -117,8 +117,8 @@ def _rows_kernel(
 ):
     """y = x w^T * x_scale * w_scale + bias. x (M, K), w (N, K) int8, y (M, N): pointers, or tensor descriptors (TMA).
 
-    PERSISTENT: as many programs as run at once walk the tiles, so that a tile's epilogue overlaps with the next one's
-    first loads; otherwise one program per tile.
+    PERSISTENT: that many programs per processor walk the tiles, so that a tile's epilogue overlaps with the next one's
+    first loads; 0: one program per tile.
     """
     if PERSISTENT:
         n_tiles = tl.cdiv(n_rows, BLOCK_M) * tl.cdiv(n_out, BLOCK_N)
@@ -139,15 +139,17 @@ def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
     return Launch(num_warps, num_stages, **(blocks | flags))
 
 
+# Triton waits for integer matrix instructions at the end of every step of K, so two programs per processor that fill each
+# other's gaps come first, and tiles whose steps are long next.
 HOPPER_POINTERS = [_tile(128, 128, 128, 8, 3, GROUP=16)]
 HOPPER_TMA = [
     _tile(128, 128, 128, 8, 3, GROUP=16, TMA=1),
+    _tile(128, 128, 128, 8, 2, GROUP=16, TMA=1, PERSISTENT=2),
     _tile(128, 128, 128, 4, 3, GROUP=16, TMA=1),
-    _tile(128, 128, 128, 8, 4, GROUP=16, TMA=1, PERSISTENT=1),
-    _tile(128, 256, 128, 8, 4, GROUP=16, TMA=1),
-    _tile(128, 256, 128, 8, 3, GROUP=16, TMA=1, PERSISTENT=1),
-    _tile(256, 128, 128, 8, 4, GROUP=16, TMA=1),
+    _tile(128, 128, 128, 8, 3, GROUP=8, TMA=1),
     _tile(256, 128, 128, 8, 3, GROUP=16, TMA=1, PERSISTENT=1),
+    _tile(128, 256, 128, 8, 3, GROUP=16, TMA=1, PERSISTENT=1),
+    _tile(256, 128, 256, 8, 2, GROUP=16, TMA=1),
 ]
 OTHERS = [_tile(128, 128, 64, 8, 4), _tile(128, 128, 64, 4, 3), _tile(64, 128, 64, 4, 4), _tile(128, 256, 64, 8, 3)]
 
@@ -156,7 +158,7 @@ def row_candidates(device: torch.device, describable: bool) -> list[Launch]:
     """Launches of the row kernel, best guess first; `describable`: whether operands can be tensor descriptors."""
     if capability(device)[0] != 9:
         return OTHERS
-    return HOPPER_POINTERS + (HOPPER_TMA if describable else [])
+    return [*HOPPER_TMA, *HOPPER_POINTERS] if describable else HOPPER_POINTERS
 
 
 def _describable(*operands: Tensor) -> bool:
@@ -188,7 +190,7 @@ def _linear_rows(
         n_tiles = triton.cdiv(n_rows, launch["BLOCK_M"]) * triton.cdiv(n_out, launch["BLOCK_N"])
         programs = n_tiles
         if launch["PERSISTENT"]:
-            programs = min(n_tiles, _processors(x_MK.device))
+            programs = min(n_tiles, launch["PERSISTENT"] * _processors(x_MK.device))
         _rows_kernel[(programs,)](
             _described(x_MK, launch, "BLOCK_M", "BLOCK_K"),
             _described(w_NK, launch, "BLOCK_N", "BLOCK_K"),
@@ -227,7 +229,7 @@ def _(
 
 
 def _processors(device: torch.device) -> int:
-    """Programs of a persistent kernel; where kernels are interpreted, so few that each walks several tiles."""
+    """How many the GPU has; where kernels are interpreted, so few that a persistent program walks several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
