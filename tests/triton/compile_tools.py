@@ -38,6 +38,7 @@ class Build:
     num_warps: int = 4
     num_stages: int = 2
     divisible: tuple[str, ...] = ()
+    maxnreg: int | None = None  # registers of a thread
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def _compile(build: Build, arch: int) -> Compiled:
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
+        options={"num_warps": build.num_warps, "num_stages": build.num_stages, "maxnreg": build.maxnreg},
     )
     ptx = compiled.asm["ptx"]
     return Compiled(compiled.metadata.shared, *_registers_and_spills(ptx), ptx)

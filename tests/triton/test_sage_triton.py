@@ -15,10 +15,9 @@ FORMATS = ("fp8", "fp16")
     ("length_q", "length_k", "block_q", "block_k", "dim"),
     [
         (1, 1, 16, 16, 16),
-        (63, 257, 32, 16, 32),
-        (130, 190, 64, 64, 64),
-        (140, 300, 128, 128, 32),
-        (70, 129, 64, 32, 16),
+        (33, 257, 32, 16, 32),
+        (65, 130, 64, 64, 64),
+        (130, 200, 128, 128, 16),
     ],
 )
 def test_sparse(pv: str, length_q: int, length_k: int, block_q: int, block_k: int, dim: int) -> None:
@@ -32,7 +31,7 @@ def test_dense(pv: str) -> None:
 
 @pytest.mark.parametrize("pv", FORMATS)
 def test_accuracy(pv: str) -> None:
-    cases.check_accuracy(pv, 190, 64, torch.float32, "cpu")
+    cases.check_accuracy(pv, 130, 64, torch.float32, "cpu")
 
 
 def test_smoothing_removes_a_common_key_offset() -> None:

@@ -89,11 +89,16 @@ def statistics_kernel(
 
 
 @triton.jit
-def load_partial(p_partial, i_g, KIND: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """[SPLITS, W] of one kind of statistics of a head; channels past D are 0."""
-    i_d, i_split = tl.arange(0, W), tl.arange(0, SPLITS)
-    p_partial += (i_g.to(tl.int64) * 2 + KIND) * SPLITS * D
-    return tl.load(p_partial + i_split[:, None] * D + i_d[None, :], mask=(i_d < D)[None, :], other=0.0)
+def load_partial(p_partial, i_g, i_d, KIND: tl.constexpr, D: tl.constexpr):
+    """[SPLITS, channels i_d] of one kind of statistics of a head; channels past D are 0."""
+    p_partial += ((i_g.to(tl.int64) * 2 + KIND) * SPLITS + tl.arange(0, SPLITS)[:, None]) * D
+    return tl.load(p_partial + i_d[None, :], mask=(i_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_value_scale(p_partial, i_g, i_d, D: tl.constexpr):
+    """The scale of v's channels i_d."""
+    return safe_scale(largest_magnitude(load_partial(p_partial, i_g, i_d, 1, D), 0), 448.0)
 
 
 @triton.jit(do_not_specialize=("length",))
@@ -121,7 +126,7 @@ def rows_kernel(
     p_x += head_offset(i_g, heads, stride_b, stride_n)
     b_x = tl.load(p_x + i_t * stride_l + i_d, mask=m_x, other=0.0).to(tl.float32)
     if SMOOTH:
-        b_mean = tl.sum(load_partial(p_partial, i_g, 0, D, W), 0) / length
+        b_mean = tl.sum(load_partial(p_partial, i_g, tl.arange(0, W), 0, D), 0) / length
         b_x = tl.where(m_x, b_x - b_mean[None, :], 0.0)
     scale = safe_scale(largest_magnitude(largest_magnitude(b_x, 1), 0), 127.0)
     i_block = i_g.to(tl.int64) * tl.num_programs(0) + i_block
@@ -154,7 +159,7 @@ def values_kernel(
     padded = tl.num_programs(0).to(tl.int64) * BLOCK
     p_values += i_g.to(tl.int64) * padded * D
     if FP8:
-        b_scale = safe_scale(largest_magnitude(load_partial(p_partial, i_g, 1, D, D), 0), 448.0)
+        b_scale = load_value_scale(p_partial, i_g, i_d, D)
         b_values = to_fp8(b_v.to(tl.float32) * (1.0 / b_scale)[None, :])
         tl.store(p_values + i_d[:, None] * padded + i_t[None, :], tl.trans(b_values))
     else:
@@ -162,48 +167,58 @@ def values_kernel(
 
 
 @triton.jit
-def load_keys(p_k, p_v, i_key, padded, FP8: tl.constexpr, D: tl.constexpr, W: tl.constexpr):
-    """k [T, W] and v [T, D] of the keys i_key (int64), in their 8- or 16-bit formats."""
-    i_d = tl.arange(0, D)
+def load_keys(p_k, p_v, i_key, padded, FP8: tl.constexpr, D: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr):
+    """k [T, W] and the pieces [T, CHANNELS] of v, of the keys i_key (int64), in their 8- or 16-bit formats."""
     b_k = tl.load(p_k + i_key[:, None] * W + tl.arange(0, W)[None, :])
-    if FP8:
-        b_v = tl.trans(tl.load(p_v + i_d[:, None] * padded + i_key[None, :]))
-    else:
-        b_v = tl.load(p_v + i_key[:, None] * D + i_d[None, :])
-    return b_k, b_v
+    v = ()
+    for i_piece in tl.static_range(D // CHANNELS):
+        i_d = i_piece * CHANNELS + tl.arange(0, CHANNELS)
+        if FP8:
+            b_v = tl.trans(tl.load(p_v + i_d[:, None] * padded + i_key[None, :]))
+        else:
+            b_v = tl.load(p_v + i_key[:, None] * D + i_d[None, :])
+        v = v + (b_v,)  # noqa: RUF005 (Triton has no starred tuples)
+    return b_k, v
 
 
 @triton.jit
-def add_keys(b_o, b_sum, b_max, b_new, b_p, b_v, FP8: tl.constexpr):
-    """Add one tile of keys with unnormalised probabilities b_p [R, T] to the output and the row sums."""
+def add_keys(o, b_sum, b_max, b_new, b_p, v, FP8: tl.constexpr):
+    """Add one tile of keys with unnormalised probabilities b_p [R, T] to the pieces of the output and the row sums."""
     b_alpha = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
     if FP8:
-        b_o = b_o * b_alpha[:, None] + tl.dot(to_fp8(b_p), b_v)
+        b_p = to_fp8(b_p)
     else:
-        b_o = tl.dot(b_p.to(tl.float16), b_v, b_o * b_alpha[:, None])
-    return b_o, b_sum, b_new
+        b_p = b_p.to(tl.float16)
+    new_o = ()
+    for i in tl.static_range(len(v)):
+        if FP8:
+            b_o = o[i] * b_alpha[:, None] + tl.dot(b_p, v[i])
+        else:
+            b_o = tl.dot(b_p, v[i], o[i] * b_alpha[:, None])
+        new_o = new_o + (b_o,)  # noqa: RUF005
+    return new_o, b_sum, b_new
 
 
 @triton.jit
-def step(b_o, b_sum, b_max, b_q, b_k, b_v, scale, FP8: tl.constexpr):
+def step(o, b_sum, b_max, b_q, b_k, v, scale, FP8: tl.constexpr):
     """A tile of keys that all exist and share one scale: the softmax's factor and shift are one multiply-add."""
     b_s = tl.dot(b_q, tl.trans(b_k), out_dtype=tl.int32).to(tl.float32)  # [R, T]
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_shift = b_new - LOG2_FP8_MAX if FP8 else b_new
     b_p = tl.exp2(b_s * scale - b_shift[:, None])
-    return add_keys(b_o, b_sum, b_max, b_new, b_p, b_v, FP8)
+    return add_keys(o, b_sum, b_max, b_new, b_p, v, FP8)
 
 
 @triton.jit
-def masked_step(b_o, b_sum, b_max, b_q, b_k, b_v, b_scale, m_key, FP8: tl.constexpr):
+def masked_step(o, b_sum, b_max, b_q, b_k, v, b_scale, m_key, FP8: tl.constexpr):
     """A tile of keys of which some may not exist; b_scale is a scalar or [1, T]."""
     b_s = tl.dot(b_q, tl.trans(b_k), out_dtype=tl.int32).to(tl.float32) * b_scale
     b_s = tl.where(m_key[None, :], b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     b_shift = b_new - LOG2_FP8_MAX if FP8 else b_new
     b_p = tl.exp2(b_s - b_shift[:, None])
-    return add_keys(b_o, b_sum, b_max, b_new, b_p, b_v, FP8)
+    return add_keys(o, b_sum, b_max, b_new, b_p, v, FP8)
 
 
 @triton.jit(do_not_specialize=("length_q", "length_k", "n_q_blocks", "n_k_blocks", "n_kept"))
@@ -233,6 +248,7 @@ def attend_kernel(
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,  # queries of a program, at most BLOCK_Q
     KEYS: tl.constexpr,  # keys of a step: part of a block, or several small blocks
+    CHANNELS: tl.constexpr,  # of one piece of v and of the output: smaller pieces, fewer registers for their sums
 ):
     i_tile, i_g = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_block = i_tile // (BLOCK_Q // ROWS)
@@ -246,7 +262,9 @@ def attend_kernel(
     b_q = tl.load(p_q + tl.arange(0, W)[None, :])  # [R, W]
     q_scale = tl.load(p_q_scale + i_g * n_q_blocks + i_block)
     i_t = tl.arange(0, KEYS)
-    b_o = tl.zeros((ROWS, D), tl.float32)
+    o = ()
+    for _ in tl.static_range(D // CHANNELS):
+        o = o + (tl.zeros((ROWS, CHANNELS), tl.float32),)  # noqa: RUF005
     b_sum = tl.zeros((ROWS,), tl.float32)
     b_max = tl.full((ROWS,), float("-inf"), tl.float32)
 
@@ -260,15 +278,15 @@ def attend_kernel(
             if SPARSE:
                 i_next = tl.load(p_kept + (i_step + 1) // PARTS)
             i_key = (i_k * BLOCK_K + (i_step % PARTS) * KEYS + i_t).to(tl.int64)
-            b_k, b_v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W)
+            b_k, v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W, CHANNELS)
             scale = q_scale * tl.load(p_k_scale + i_k)
-            b_o, b_sum, b_max = step(b_o, b_sum, b_max, b_q, b_k, b_v, scale, FP8)
+            o, b_sum, b_max = step(o, b_sum, b_max, b_q, b_k, v, scale, FP8)
         i_k = tl.load(p_kept + n_kept - 1) if SPARSE else n_kept - 1
         for i_part in tl.static_range(PARTS):
             i_key = (i_k * BLOCK_K + i_part * KEYS + i_t).to(tl.int64)
-            b_k, b_v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W)
+            b_k, v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W, CHANNELS)
             scale = q_scale * tl.load(p_k_scale + i_k)
-            b_o, b_sum, b_max = masked_step(b_o, b_sum, b_max, b_q, b_k, b_v, scale, i_key < length_k, FP8)
+            o, b_sum, b_max = masked_step(o, b_sum, b_max, b_q, b_k, v, scale, i_key < length_k, FP8)
     else:
         GROUP: tl.constexpr = KEYS // BLOCK_K
         for i_step in range(tl.cdiv(n_kept, GROUP)):
@@ -276,15 +294,16 @@ def attend_kernel(
             m_slot = i_slot < n_kept
             i_k = tl.load(p_kept + i_slot, mask=m_slot, other=0) if SPARSE else tl.where(m_slot, i_slot, 0)
             i_key = (i_k * BLOCK_K + i_t % BLOCK_K).to(tl.int64)
-            b_k, b_v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W)
+            b_k, v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W, CHANNELS)
             b_scale = (q_scale * tl.load(p_k_scale + i_k))[None, :]
             m_key = m_slot & (i_key < length_k)
-            b_o, b_sum, b_max = masked_step(b_o, b_sum, b_max, b_q, b_k, b_v, b_scale, m_key, FP8)
+            o, b_sum, b_max = masked_step(o, b_sum, b_max, b_q, b_k, v, b_scale, m_key, FP8)
 
-    i_d = tl.arange(0, D)
-    b_o *= (1.0 / b_sum)[:, None]
-    if FP8:
-        b_o *= safe_scale(largest_magnitude(load_partial(p_partial, i_g, 1, D, D), 0), 448.0)[None, :]
-    p_o += head_offset(i_g, heads, stride_ob, stride_on)
-    p_o += i_row.to(tl.int64)[:, None] * stride_ol + i_d[None, :]
-    tl.store(p_o, b_o.to(p_o.dtype.element_ty), mask=(i_row < length_q)[:, None])
+    p_o += head_offset(i_g, heads, stride_ob, stride_on) + i_row.to(tl.int64)[:, None] * stride_ol
+    b_inverse = (1.0 / b_sum)[:, None]
+    for i_piece in tl.static_range(D // CHANNELS):
+        i_d = i_piece * CHANNELS + tl.arange(0, CHANNELS)
+        b_o = o[i_piece] * b_inverse
+        if FP8:
+            b_o *= load_value_scale(p_partial, i_g, i_d, D)[None, :]
+        tl.store(p_o + i_d[None, :], b_o.to(p_o.dtype.element_ty), mask=(i_row < length_q)[:, None])

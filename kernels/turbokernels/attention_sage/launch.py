@@ -39,18 +39,25 @@ def _strides(x_BLND: Tensor) -> tuple[int, int, int]:
     return x_BLND.stride(0), x_BLND.stride(1), x_BLND.stride(2)
 
 
-def _candidates(q: Tensor, block_q: int, block_k: int) -> list[Launch]:
-    """ROWS queries per program, KEYS per step. Each warp holds 16 rows of the output, so 128 rows take 8 warps."""
-    keys = max(NARROWEST, min(64, block_k))
+def _candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
+    """ROWS queries per program, KEYS per step, CHANNELS of v per product. Each warp holds 16 rows of the output.
+
+    fp8's products need registers of their own besides the output's. On Hopper, in two pieces and with 128 registers per
+    thread, two programs of 8 warps share a processor: the softmax of one hides behind the products of the other.
+    """
+    keys, dim = max(NARROWEST, min(64, block_k)), q.shape[3]
     if interpreted() or block_q < 64:
-        return [Launch(4, 2, ROWS=block_q, KEYS=keys)]
-    small = Launch(4, 3, ROWS=64, KEYS=keys)
+        return [Launch(4, 2, ROWS=block_q, KEYS=keys, CHANNELS=dim // 2 if dim > 16 else dim)]
+    small = Launch(4, 3, ROWS=64, KEYS=keys, CHANNELS=dim)
     if block_q == 64:
-        return [small, Launch(4, 4, ROWS=64, KEYS=keys), Launch(4, 2, ROWS=64, KEYS=keys)]
-    wide = [Launch(8, stages, ROWS=128, KEYS=keys) for stages in (3, 2, 4)]
+        return [small, Launch(4, 4, ROWS=64, KEYS=keys, CHANNELS=dim), Launch(4, 2, ROWS=64, KEYS=keys, CHANNELS=dim)]
+    candidates = [Launch(8, stages, ROWS=128, KEYS=keys, CHANNELS=dim) for stages in (3, 2)]
+    if pv == "fp8" and dim == 128 and capability(q.device)[0] == 9:
+        halves = [Launch(8, stages, ROWS=128, KEYS=keys, CHANNELS=64, maxnreg=128) for stages in (3, 2, 4)]
+        candidates = halves + candidates
     if block_k == 128 and shared_memory(q.device) > 160 * 1024:
-        wide += [Launch(8, stages, ROWS=128, KEYS=128) for stages in (2, 3)]
-    return [*wide, small]
+        candidates.append(Launch(8, 2, ROWS=128, KEYS=128, CHANNELS=dim))
+    return [*candidates, small]
 
 
 def _rows(
@@ -125,7 +132,7 @@ def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, 
         return o
 
     key = (dim, pv, block_q, block_k, "dense" if kept is None else "sparse")
-    return run(best("sage_attention", key, _candidates(q, block_q, block_k), run, q.device))
+    return run(best("sage_attention", key, _candidates(q, block_q, block_k, pv), run, q.device))
 
 
 @sage_op.register_fake
