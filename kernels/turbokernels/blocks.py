@@ -71,14 +71,12 @@ class BlockMask:
     @cached_property
     def counts(self) -> Tensor:
         """int32 (B, N, J): how many query blocks keep key block j."""
-        kept_BNE = self.kept.flatten(2).long()
-        counts_BNJ = kept_BNE.new_zeros(*kept_BNE.shape[:2], self.n_k_blocks)
-        return counts_BNJ.scatter_add_(2, kept_BNE, torch.ones_like(kept_BNE)).int()
+        return self._transposed[0]
 
     @cached_property
     def offsets(self) -> Tensor:
         """int32 (B, N, J + 1): where key block j's list starts in `q_blocks`; the last entry is its length I * M."""
-        return torch.nn.functional.pad(self.counts.cumsum(2), (1, 0)).int()
+        return self._transposed[1]
 
     @cached_property
     def q_blocks(self) -> Tensor:
@@ -86,10 +84,23 @@ class BlockMask:
 
         Key block j is kept by the query blocks q_blocks[b, n, offsets[b, n, j] : offsets[b, n, j + 1]], ascending.
         """
+        return self._transposed[2]
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """counts, offsets, q_blocks: by kernels on a GPU, where sorting the lists would take longer than using them."""
+        if self.kept.is_cuda:
+            from turbokernels.block_selection.kernel import transpose_lists  # here: it imports Triton
+
+            return transpose_lists(self.kept, self.n_k_blocks)
+        kept_BNE = self.kept.flatten(2).long()
+        counts_BNJ = kept_BNE.new_zeros(*kept_BNE.shape[:2], self.n_k_blocks)
+        counts_BNJ = counts_BNJ.scatter_add_(2, kept_BNE, torch.ones_like(kept_BNE)).int()
+        offsets_BNJ = torch.nn.functional.pad(counts_BNJ.cumsum(2), (1, 0)).int()
         # Entry e of a flattened list belongs to query block e // M; a stable sort by key block keeps that order
         # ascending.
-        order_BNE = self.kept.flatten(2).sort(dim=2, stable=True).indices
-        return torch.div(order_BNE, self.n_kept, rounding_mode="floor").int()
+        order_BNE = kept_BNE.sort(dim=2, stable=True).indices
+        return counts_BNJ, offsets_BNJ, torch.div(order_BNE, self.n_kept, rounding_mode="floor").int()
 
     def check_operands(self, op: str, q: Tensor, k: Tensor) -> None:
         """Require that q (B, Lq, N, D) and k (B, Lk, N, D) are what this mask was made for."""

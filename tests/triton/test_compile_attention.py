@@ -116,3 +116,24 @@ def test_other_gpus(arch: int) -> None:
         for name, kernel in KERNELS.items()
     ]
     check(builds, arch, spills=512)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_block_selection(arch: int) -> None:
+    heads = {f"stride_{axis}": "i32" for axis in "bln"} | {"p_x": "*bf16", "p_mean": "*fp32", "length": "i32"}
+    lists = {"n_q_blocks": "i32", "n_k_blocks": "i32", "p_marks": "*i8"}
+    asked = [
+        ("mean_kernel", heads, {"BLOCK": 128, "D": 128}, 4),
+        ("centre_kernel", {"p_mean": "*fp32", "length": "i32", "n_blocks": "i32"}, {"BLOCK": 64, "D": 128}, 4),
+        (
+            "select_kernel",
+            {"p_score": "*fp32", "p_kept": "*i32", "n_blocks": "i32", "n_kept": "i32"},
+            {"CHUNK": 512},
+            1,
+        ),
+        ("mark_kernel", lists | {"p_kept": "*i32", "n_kept": "i32"}, {"CHUNK": 128}, 1),
+        ("transpose_kernel", lists | {"p_offsets": "*i32", "p_q_blocks": "*i32", "n_pairs": "i32"}, {"CHUNK": 512}, 4),
+    ]
+    asked[1][2].update(ROWS=128, COLUMNS=16)
+    builds = [Build(f"turbokernels.block_selection.kernel:{name}", *rest) for name, *rest in asked]
+    check(builds, arch, spills=0)

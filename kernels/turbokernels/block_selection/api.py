@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from turbokernels import dispatch
@@ -9,7 +11,14 @@ from turbokernels.block_selection import reference
 from turbokernels.blocks import BlockMask, check_block_size
 from turbokernels.checks import check_attention
 
-IMPLEMENTATIONS = {"reference": reference.select_blocks}
+
+def _triton(*operands: Any) -> BlockMask:
+    from turbokernels.block_selection import kernel  # here, so that the library imports without Triton
+
+    return kernel.select_blocks(*operands)
+
+
+IMPLEMENTATIONS = {"triton": _triton, "reference": reference.select_blocks}
 
 
 def select_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, impl: str = "auto") -> BlockMask:
