@@ -8,6 +8,8 @@ rounded up to 16384: 83%). Every piece is float32.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -167,7 +169,8 @@ def check_row_kernel(op: str, x: Tensor, width: int, quantized: torch.dtype | No
         )
 
 
-def row_launches(width: int, preferred: int = MAX_PER_THREAD) -> list[Launch]:
+@functools.cache
+def row_launches(width: int, preferred: int = MAX_PER_THREAD) -> tuple[Launch, ...]:
     """Candidates for rows of `width`: first the fewest warps that give a thread at most `preferred` of its features."""
     launches = {}
     for num_warps in (1, 2, 4, 8, 16):
@@ -176,7 +179,7 @@ def row_launches(width: int, preferred: int = MAX_PER_THREAD) -> list[Launch]:
         per_thread = triton.cdiv(width, chunk) * chunk // (32 * num_warps)
         if per_thread <= MAX_PER_THREAD:
             launches[Launch(num_warps, 1, CHUNK=chunk)] = per_thread
-    return sorted(launches, key=lambda launch: launches[launch] > preferred)[:4]
+    return tuple(sorted(launches, key=lambda launch: launches[launch] > preferred)[:4])
 
 
 def as_samples(x: Tensor) -> Tensor:
