@@ -127,6 +127,11 @@ def best(
 _chosen: dict[tuple[str, str, str], Launch] = {}  # one entry per GPU model, op and key: answers of this process
 
 
+def choices() -> dict[tuple[str, str, str], Launch]:
+    """What this process runs with: (GPU, op, key) -> launch parameters."""
+    return dict(_chosen)
+
+
 def key_name(key: tuple) -> str:
     """A key as tables write it: its parts, comma-separated; dtypes without their module."""
     return ",".join(str(part).removeprefix("torch.") for part in key)
