@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases_attention as cases
 import pytest
 import torch
-from turbokernels import attention_jvp, sparse_attention
+from turbokernels import attention_jvp, select_blocks, sparse_attention, sparse_attention_jvp
 
 
 @pytest.mark.parametrize("case", cases.SPARSE_CASES)
@@ -40,6 +40,35 @@ def test_strides(sparse: bool) -> None:
 )
 def test_edges(check) -> None:
     check("cpu")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_graph_breaks(trained: bool) -> None:
+    """Selection, attention and tangents are opaque to the compiler, which sees their shapes."""
+    q, k, v = (torch.randn(1, 20, 2, 16, requires_grad=trained) for _ in range(3))
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = select_blocks(q, k, 0.5, 16, 16, impl="triton")
+        o = sparse_attention(q, k, v, mask, impl="triton")
+        o, to = sparse_attention_jvp(o, k, v, v.detach(), q.detach(), q.detach(), mask, impl="triton")
+        o, to = attention_jvp(o, k, v, to, None, None, impl="triton")
+        return o + to
+
+    compiled, eager = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v), run(q, k, v)
+    assert torch.equal(compiled, eager)
+    if trained:
+        for got, expected in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (compiled, eager))):
+            assert torch.equal(got, expected)
+
+
+def test_a_transform_is_refused() -> None:
+    """The kernels are opaque to torch.func as well, which would take their tangent for zero."""
+    q = torch.randn(1, 16, 1, 16)
+    mask = cases.random_mask(1, 1, 16, 16, 16, 16, 1.0)
+    with pytest.raises(ValueError, match="no tangent and no batching rule"):
+        torch.func.jvp(lambda x: sparse_attention(x, x, x, mask, impl="triton"), (q,), (q,))
+    with pytest.raises(ValueError, match="no tangent and no batching rule"):
+        torch.func.jvp(lambda x: attention_jvp(x, x, x, x, x, x, impl="triton")[0], (q,), (q,))
 
 
 def test_what_the_kernel_does_not_do_is_named() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases_selection as cases
 import pytest
 import torch
-from turbokernels import select_blocks, sparse_attention
+from turbokernels import select_blocks
 
 
 @pytest.mark.parametrize("case", cases.CASES)
@@ -27,14 +27,3 @@ def test_float64_is_refused() -> None:
     q = torch.randn(1, 32, 1, 16, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"select_blocks: the kernel has no torch\.float64; .* impl='reference'"):
         select_blocks(q, q, 0.5, 16, 16, impl="triton")
-
-
-def test_selection_and_attention_trace_without_a_graph_break() -> None:
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        mask = select_blocks(q, k, 0.5, 16, 16, impl="triton")
-        return sparse_attention(q, k, v, mask, impl="triton") * 2
-
-    q, k, v = torch.randn(3, 1, 40, 2, 16).unbind(0)
-    with torch.no_grad():
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(q, k, v)
-        assert torch.equal(compiled, run(q, k, v))

@@ -33,6 +33,7 @@ from turbokernels.attention_tiles import (
     strides_of,
 )
 from turbokernels.blocks import BlockMask
+from turbokernels.recompute import refuse_tangents
 from turbokernels.tuning import Launch
 
 
@@ -126,37 +127,41 @@ class _SparseAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: BlockMask,
         tq: Tensor | None,
         tk: Tensor | None,
         tv: Tensor | None,
+        kept: Tensor,
+        block_q: int,
+        block_k: int,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
+        ctx.blocks = block_q, block_k
         to = None
         if tq is None:
-            o, lse = _forward(q, k, v, mask.kept, mask.block_q, mask.block_k)
+            o, lse = _forward(q, k, v, kept, block_q, block_k)
         else:
-            o, to, lse = jvp(q, k, v, tq, tk, tv, mask)
+            o, to, lse = jvp(q, k, v, tq, tk, tv, kept, block_q, block_k)
             ctx.mark_non_differentiable(to)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.mask = mask
+        ctx.save_for_backward(q, k, v, o, lse, kept)
         return o, to
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if do is None:
-            return (None,) * 7
-        q, k, v, o, lse = ctx.saved_tensors
-        return (*backward(q, k, v, o, lse, do, ctx.mask), None, None, None, None)
+            return (None,) * 9
+        q, k, v, o, lse, kept = ctx.saved_tensors
+        return (*backward(q, k, v, o, lse, do, kept, *ctx.blocks), *(None,) * 6)
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
     """As reference.sparse_attention."""
     check_kernel_operands("sparse_attention", q)
+    refuse_tangents("sparse_attention", q, k, v)
+    lists = mask.kept, mask.block_q, mask.block_k
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return _SparseAttention.apply(q, k, v, mask, None, None, None)[0]  # pyright: ignore[reportOptionalSubscript]
-    return _forward(q, k, v, mask.kept, mask.block_q, mask.block_k)[0]
+        return _SparseAttention.apply(q, k, v, None, None, None, *lists)[0]  # pyright: ignore[reportOptionalSubscript]
+    return _forward(q, k, v, *lists)[0]
 
 
 def sparse_attention_jvp(
@@ -164,4 +169,5 @@ def sparse_attention_jvp(
 ) -> tuple[Tensor, Tensor]:
     """As reference.sparse_attention_jvp."""
     check_kernel_operands("sparse_attention_jvp", q)
-    return _SparseAttention.apply(q, k, v, mask, tq, tk, tv)  # pyright: ignore[reportReturnType]
+    refuse_tangents("sparse_attention_jvp", q, k, v, tq, tk, tv)
+    return _SparseAttention.apply(q, k, v, tq, tk, tv, mask.kept, mask.block_q, mask.block_k)  # pyright: ignore[reportReturnType]

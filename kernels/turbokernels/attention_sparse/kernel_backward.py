@@ -4,7 +4,8 @@ One pass gives dQ: a program per tile of query rows walks its list of kept key b
 program per tile of keys walks the transposed list, the query blocks that keep it. Probabilities are computed again from
 the forward's lse in both. With P the probabilities and scale 1 / sqrt(D), as in `softmax_core.gradients`:
   delta = rowsum(dO * O); dS = P * (dO V^T - delta); dQ = scale dS K; dK = scale dS^T Q; dV = P^T dO.
-DENSE: every block is kept, and there are no lists. Names and conventions: `attention_tiles.py`.
+DENSE: every block is kept, and there are no lists; block sizes then only bound the tiles.
+Names and conventions: `attention_tiles.py`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -164,25 +165,25 @@ def backward_kv_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: 
     return list(dict.fromkeys(candidates))
 
 
+@torch.library.custom_op("turbokernels::attention_backward", mutates_args=())
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, mask: BlockMask | None
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, kept: Tensor | None, block_q: int, block_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(do * o) with respect to q, k and v; packed, in their dtype.
 
-    q, o, do: (B, Lq, N, D); k, v: (B, Lk, N, D); lse: (B, N, Lq) in units of log2, from the forward. mask None: dense.
+    q, o, do: (B, Lq, N, D); k, v: (B, Lk, N, D); lse: (B, N, Lq) in units of log2, from the forward. kept None: dense.
     """
     batch, length_q, heads, dim = q.shape
-    length_k = k.shape[1]
+    length_k, dense, scale = k.shape[1], kept is None, dim**-0.5
     do = do if do.stride(3) == 1 else do.contiguous()  # a broadcast gradient, such as that of a sum
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     delta = torch.empty_like(lse)
-    block_q, block_k = (128, 64) if mask is None else (mask.block_q, mask.block_k)
-    dense, scale = mask is None, dim**-0.5
-    kept, n_kept = (None, 0) if mask is None else (mask.kept.contiguous(), mask.n_kept)
-    q_blocks, offsets, n_pairs = (
-        (None, None, 0) if mask is None else (mask.q_blocks, mask.offsets, mask.q_blocks.shape[2])
-    )
+    q_blocks, offsets, n_pairs, n_kept = None, None, 0, 0
+    if kept is not None:
+        mask = BlockMask(kept.contiguous(), block_q, block_k, length_q, length_k)
+        kept, q_blocks, offsets, n_kept = mask.kept, mask.q_blocks, mask.offsets, mask.n_kept
+        n_pairs = q_blocks.shape[2]
     constants = {"D": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "DENSE": dense}
     gpu = gpu_of(q)
     tma_q, tma_kv = describable(k, v), describable(q, do)
@@ -211,3 +212,10 @@ def backward(
     candidates = backward_kv_candidates(q.dtype, block_q, block_k, gpu)
     run_kv(tuning.best(f"{op}_backward_kv", (dim, q.dtype, block_q, block_k, tma_kv), candidates, run_kv, q.device))
     return dq, dk, dv
+
+
+@backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, do: Tensor, kept: Tensor | None, block_q: int, block_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

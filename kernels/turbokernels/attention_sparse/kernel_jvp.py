@@ -4,7 +4,8 @@
 With S = Q K^T / sqrt(D), P = softmax(S), dS = (dQ K^T + Q dK^T) / sqrt(D), W = P * dS:
   O = P V,   dO = P dV + W V - rowsum(W) O,
 where every sum over keys is kept for the running maximum and rescaled when it moves, as in the online softmax.
-DENSE: every block is kept, and there are no lists. Names and conventions: `attention_tiles.py`.
+DENSE: every block is kept, and there are no lists; block sizes then only bound the tiles.
+Names and conventions: `attention_tiles.py`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -29,7 +30,6 @@ from turbokernels.attention_tiles import (
     store_tile,
     strides_of,
 )
-from turbokernels.blocks import BlockMask
 from turbokernels.tuning import Launch
 
 
@@ -121,6 +121,7 @@ def jvp_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> 
     return list(dict.fromkeys(candidates))
 
 
+@torch.library.custom_op("turbokernels::attention_jvp", mutates_args=())
 def jvp(
     q: Tensor,
     k: Tensor,
@@ -128,17 +129,18 @@ def jvp(
     tq: Tensor | None,
     tk: Tensor | None,
     tv: Tensor | None,
-    mask: BlockMask | None,
+    kept: Tensor | None,
+    block_q: int,
+    block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, to (B, Lq, N, D) like q but packed, and lse (B, N, Lq) in float32 and units of log2.
 
-    q, tq: (B, Lq, N, D); k, v, tk, tv: (B, Lk, N, D). A tangent that is None is zero. mask None: dense.
+    q, tq: (B, Lq, N, D); k, v, tk, tv: (B, Lk, N, D). A tangent that is None is zero. kept None: dense.
     """
     batch, length_q, heads, dim = q.shape
     o, to = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
-    block_q, block_k = (128, 64) if mask is None else (mask.block_q, mask.block_k)
-    kept, n_kept = (None, 0) if mask is None else (mask.kept.contiguous(), mask.n_kept)
+    kept, dense = None if kept is None else kept.contiguous(), kept is None
     tma = describable(k, v, tk, tv)
 
     def run(launch: Launch) -> None:
@@ -147,13 +149,29 @@ def jvp(
             q, k_keys, v_keys, tq, tk_keys, tv_keys, o, to, lse, kept,
             *strides_of(q), *strides_of(k), *strides_of(v),
             *strides_of(tq), *strides_of(tk), *strides_of(tv), *strides_of(o),
-            length_q, k.shape[1], n_kept, dim**-0.5, dim**-0.5 * LOG2E,
+            length_q, k.shape[1], 0 if kept is None else kept.shape[3], dim**-0.5, dim**-0.5 * LOG2E,
             D=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma,
-            DENSE=mask is None, TQ=tq is not None, TK=tk is not None, TV=tv is not None, **launch.kwargs(),
+            DENSE=dense, TQ=tq is not None, TK=tk is not None, TV=tv is not None, **launch.kwargs(),
         )  # fmt: skip
 
-    op = "attention_jvp" if mask is None else "sparse_attention_jvp"
+    op = "attention_jvp" if dense else "sparse_attention_jvp"
     given = "".join(str(int(x is not None)) for x in (tq, tk, tv))
     candidates = jvp_candidates(q.dtype, block_q, block_k, gpu_of(q))
     run(tuning.best(op, (dim, q.dtype, block_q, block_k, given, tma), candidates, run, q.device))
     return o, to, lse
+
+
+@jvp.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tq: Tensor | None,
+    tk: Tensor | None,
+    tv: Tensor | None,
+    kept: Tensor | None,
+    block_q: int,
+    block_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape), lse
