@@ -102,12 +102,12 @@ def check_one_key(device: str) -> None:
 
 def check_absent_tangents(device: str) -> None:
     """A tangent that is None is a zero one, whose products are not computed."""
-    q, k, v, *tangents, _ = (x.to(device) for x in random_operands(1, 33, 2, 16, 20, dtype=torch.float32))
+    q, k, v, *tangents, _ = (x.to(device) for x in random_operands(1, 33, 2, 16, 20, dtype=torch.float16))
     for given in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 0, 0)):
         nones = [t if g else None for t, g in zip(tangents, given)]
         zeros = [t if g else torch.zeros_like(t) for t, g in zip(tangents, given)]
         got, expected = (attention_jvp(q, k, v, *x, impl="triton") for x in (nones, zeros))
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 def check_strides(sparse: bool, dtype: torch.dtype, device: str) -> None:

@@ -137,10 +137,15 @@ def backward_kv_kernel(
     store_tile(p_dv, stride_db, stride_dl, stride_dn, i_key, length_k, b_dv, T, D)
 
 
+def _float32_candidates(block_q: int, block_k: int) -> list[Launch]:
+    """No matrix units: small tiles and many warps, so that registers hold the operands."""
+    return list(dict.fromkeys([Launch(8, 1, R=min(block_q, 32), T=min(block_k, 32)), Launch(4, 1, R=16, T=16)]))
+
+
 def backward_q_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
     """Launch parameters for dQ, best guess first."""
-    if dtype == torch.float32:  # no matrix units: small tiles, which registers can hold
-        return [Launch(4, 1, R=min(block_q, 32), T=min(block_k, 32))]
+    if dtype == torch.float32:
+        return _float32_candidates(block_q, block_k)
     rows, keys, few = min(block_q, 64), min(block_k, 64), min(block_k, 32)
     if not gpu.is_large:
         return [Launch(4, 2, R=rows, T=few), Launch(4, 1, R=rows, T=few)]
@@ -154,7 +159,7 @@ def backward_q_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: G
 def backward_kv_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
     """Launch parameters for dK and dV, best guess first."""
     if dtype == torch.float32:
-        return [Launch(4, 1, R=min(block_q, 32), T=min(block_k, 32))]
+        return _float32_candidates(block_q, block_k)
     rows, keys, few = min(block_q, 64), min(block_k, 64), min(block_q, 32)
     if not gpu.is_large:
         return [Launch(4, 2, R=few, T=keys)]

@@ -108,8 +108,8 @@ def jvp_kernel(
 def jvp_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
     """Launch parameters, best guess first."""
     rows, keys, few = min(block_q, 64), min(block_k, 64), min(block_k, 32)
-    if dtype == torch.float32:  # no matrix units: small tiles, which registers can hold
-        return [Launch(4, 1, R=min(block_q, 32), T=few)]
+    if dtype == torch.float32:  # no matrix units: small tiles and many warps, so that registers hold the operands
+        return [Launch(8, 1, R=16, T=16), Launch(4, 1, R=16, T=16)]
     narrow = [Launch(4, 2, R=rows, T=few), Launch(4, 1, R=rows, T=few), Launch(4, 2, R=min(block_q, 32), T=few)]
     if not gpu.is_large:
         return list(dict.fromkeys(narrow))
