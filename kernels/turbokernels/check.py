@@ -26,6 +26,9 @@ ROUNDED = 0.005  # one rounding at the end
 PRODUCTS = 0.01  # intermediate results enter matrix products in 16 bits
 GRADIENTS = 0.02  # of which there are several in a row
 QUANTISED = 0.03  # 8-bit roundings fall otherwise where sums have another order
+# e4m3 probabilities are rounded relative to the largest score so far, in the reference relative to the row's largest: two
+# roundings of 2.5% each that have little in common.
+QUANTISED_ATTENTION = 0.04
 
 
 @dataclass(frozen=True)
@@ -183,12 +186,12 @@ def _add_linear_attention(case: Case) -> list[Part]:
 
 def _sage_attention(case: Case) -> list[Part]:
     q, k, v = case.operands(3)
-    return _compare(lambda impl: {"o": tk.sage_attention(q, k, v, impl=impl)}, o=QUANTISED)
+    return _compare(lambda impl: {"o": tk.sage_attention(q, k, v, impl=impl)}, o=QUANTISED_ATTENTION)
 
 
 def _sage_sparse_attention(case: Case) -> list[Part]:
     (q, k, v), mask = case.operands(3), case.mask()
-    return _compare(lambda impl: {"o": tk.sage_sparse_attention(q, k, v, mask, impl=impl)}, o=QUANTISED)
+    return _compare(lambda impl: {"o": tk.sage_sparse_attention(q, k, v, mask, impl=impl)}, o=QUANTISED_ATTENTION)
 
 
 def _rms_norm_rope(case: Case) -> list[Part]:

@@ -6,6 +6,7 @@ import cases_linear as cases
 import pytest
 import torch
 from turbokernels import linear_attention
+from turbokernels.attention_linear import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +25,12 @@ def test_value_gradient_and_tangent(
 @pytest.mark.parametrize("dim", [64, 128])
 def test_a_video_added_to_a_base(dim: int, dtype: torch.dtype) -> None:
     cases.check_value_gradient_and_tangent("softmax", 1, 32760, 32760, 2, dim, dtype, "cuda", with_sum=True)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_every_launch_candidate(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "best", lambda op, key, candidates, run, device: candidates[index % len(candidates)])
+    cases.check_value_gradient_and_tangent("softmax", 1, 300, 300, 2, 128, torch.bfloat16, "cuda", with_sum=True)
 
 
 @pytest.mark.parametrize("feature_map", cases.FEATURE_MAPS)

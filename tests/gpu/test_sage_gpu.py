@@ -6,6 +6,7 @@ import cases_sage as cases
 import pytest
 import torch
 from turbokernels import sage_attention, sage_sparse_attention, select_blocks
+from turbokernels.attention_sage import launch
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +34,16 @@ def test_sparse(
     pv: str, length_q: int, length_k: int, block_q: int, block_k: int, dim: int, dtype: torch.dtype
 ) -> None:
     cases.check_sparse(pv, length_q, length_k, block_q, block_k, dim, dtype, "cuda")
+
+
+@pytest.mark.parametrize("pv", formats())
+@pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (128, 128), (64, 64)])
+@pytest.mark.parametrize("index", range(7))
+def test_every_launch_candidate(
+    index: int, block_q: int, block_k: int, pv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "best", lambda op, key, candidates, run, device: candidates[index % len(candidates)])
+    cases.check_sparse(pv, 1000, 1030, block_q, block_k, 128, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("pv", formats())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import cases_linear as cases
 import pytest
 import torch
-from turbokernels import linear_attention
+from torch import Tensor
+from turbokernels import add_linear_attention_jvp, linear_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -54,13 +55,21 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
 
 
 def test_a_compiled_graph_does_not_break() -> None:
-    q, k, v = torch.randn(3, 1, 40, 1, 16).unbind(0)
+    """Training with tangents: forward, tangent and backward as one graph each."""
+    leaves = [x.requires_grad_() for x in torch.randn(4, 1, 40, 1, 16).unbind(0)]
+    leaves += [torch.randn(16, 16, requires_grad=True), torch.randn(16, requires_grad=True)]
+    tbase, *tangents = torch.randn(4, 1, 40, 1, 16).unbind(0)
+    do = torch.randn(1, 40, 1, 16)
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return linear_attention(q, k, v, impl="triton") * 2.0
+    def run(base: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        o, to = add_linear_attention_jvp(base, tbase, q, k, v, *tangents, weight, bias, impl="triton")
+        return 2.0 * o, to
 
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    assert compiled(q, k, v).equal(run(q, k, v))
+    expected, got = run(*leaves), torch.compile(run, backend="aot_eager", fullgraph=True)(*leaves)
+    assert got[0].equal(expected[0])
+    assert got[1].equal(expected[1])
+    for one, other in zip(torch.autograd.grad(got[0], leaves, do), torch.autograd.grad(expected[0], leaves, do)):
+        assert one.equal(other)
 
 
 def test_forward_mode_is_refused_and_not_silently_zero() -> None:
