@@ -46,7 +46,7 @@ def masked_attention(q_BLND: Tensor, k_BLND: Tensor, v_BLND: Tensor, seen_BNQK: 
 def strided(x_BLND: Tensor) -> Tensor:
     """The same values as a view into something larger: no dimension but the last is packed."""
     batch, length, heads, dim = x_BLND.shape
-    store = torch.full((length, batch, 2 * heads, dim + 3), float("nan"), dtype=x_BLND.dtype)
+    store = torch.full((length, batch, 2 * heads, dim + 3), float("nan"), dtype=x_BLND.dtype, device=x_BLND.device)
     view = store.permute(1, 0, 2, 3)[:, :, ::2, 1 : dim + 1]
     view.copy_(x_BLND)
     return view

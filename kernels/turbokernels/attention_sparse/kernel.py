@@ -80,14 +80,15 @@ def forward_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu)
         return [Launch(4, 1, R=min(block_q, 32), T=min(block_k, 32))]
     rows, keys = min(block_q, 64), min(block_k, 64)
     if not gpu.is_large:
-        return [Launch(4, 2, R=rows, T=min(block_k, 32)), Launch(4, 2, R=rows, T=keys)]
+        return list(dict.fromkeys([Launch(4, 2, R=rows, T=min(block_k, 32)), Launch(4, 2, R=rows, T=keys)]))
     candidates = [Launch(4, 2, R=rows, T=keys), Launch(4, 3, R=rows, T=keys)]
     if block_q == 128:
         four, eight = ([Launch(warps, stages, R=128, T=keys) for stages in (2, 3)] for warps in (4, 8))
-        candidates = [*four, *eight, *candidates] if gpu.has_wgmma else [*eight, *candidates]
+        deep = Launch(4, 4, R=128, T=min(block_k, 32))  # narrow products, but two programs and loads three steps ahead
+        candidates = [*four, *eight, deep, *candidates] if gpu.has_wgmma else [*eight, *candidates]
     if block_q == block_k == 128:
         candidates += [Launch(8, 2, R=128, T=128)]
-    return candidates
+    return list(dict.fromkeys(candidates))
 
 
 @torch.library.custom_op("turbokernels::sparse_attention", mutates_args=())

@@ -153,7 +153,7 @@ def backward_q_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: G
     if block_q == 128 and gpu.has_wgmma:
         wide = [Launch(8, 2, R=128, T=keys), Launch(4, 2, R=128, T=few), Launch(8, 3, R=128, T=keys)]
         candidates = wide + candidates
-    return candidates
+    return list(dict.fromkeys(candidates))
 
 
 def backward_kv_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
