@@ -31,7 +31,7 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         tensor = allocate(*args, **kwargs)
         # 8-bit floats cannot be filled everywhere, and are always the result of a conversion.
         if tensor.is_floating_point() and tensor.itemsize > 1:
-            tensor.detach().fill_(float("nan"))
+            tensor.detach().fill_(float("nan"))  # detached: compilers allocate leaves that require grad
         return tensor
 
     return wrapped

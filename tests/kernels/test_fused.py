@@ -97,6 +97,25 @@ def test_chains_are_their_links(dtype: torch.dtype) -> None:
         assert torch.equal(token_scale, expected[1])
 
 
+def test_affine_norms_and_residuals_without_gate() -> None:
+    """gate None is 1; an affine norm multiplies by its weight alone, so that a small one keeps its bits."""
+    x, y = torch.randn(2, 2, 5, 48).unbind(0)
+    weight, bias = (1e-6 * torch.randn(2, 48)).unbind(0)
+    of_norm = (t.expand(2, 1, 48) for t in (weight, bias))
+    out, h = gate_residual_norm(x, y, None, *of_norm, affine=True)
+    assert torch.equal(out, x + y)
+    torch.testing.assert_close(h, torch.nn.functional.layer_norm(out, (48,), weight, bias, 1e-6), atol=0, rtol=1e-4)
+    values, scale = layer_norm_modulate_quantize(out, weight.expand(2, 1, 48), bias.expand(2, 1, 48), affine=True)
+    assert torch.equal(values, quantize_token(h)[0])
+    assert torch.equal(scale, quantize_token(h)[1])
+
+
+def test_norm_without_rotation() -> None:
+    x, weight = torch.randn(2, 7, 3, 8), torch.randn(24)
+    still = torch.zeros(7, 4)
+    assert torch.equal(rms_norm_rope(x, weight), rms_norm_rope(x, weight, still.cos(), still.sin()))
+
+
 def test_gradients_reach_every_operand() -> None:
     x, y = torch.randn(2, 1, 5, 8, dtype=torch.float64).unbind(0)
     one = torch.randn(1, 1, 8, dtype=torch.float64)
@@ -114,6 +133,8 @@ def test_bad_operands() -> None:
         rms_norm_rope(x, torch.ones(4), angle, angle)
     with pytest.raises(ValueError, match=r"sin has shape \(4, 2\); expected \(5, 2\)"):
         rms_norm_rope(x, torch.ones(8), angle, angle[:4])
+    with pytest.raises(ValueError, match="cos is missing; pass cos and sin together, or neither"):
+        rms_norm_rope(x, torch.ones(8), None, angle)
     with pytest.raises(ValueError, match="even head dim"):
         rms_norm_rope(torch.randn(1, 5, 2, 3), torch.ones(6), angle, angle)
     with pytest.raises(ValueError, match=r"scale has shape \(1, 8\); expected \(1, 1, 8\) or \(1, 5, 8\)"):

@@ -34,6 +34,26 @@ def check_norm(batch: int, length: int, width: int, per_token: bool, dtype: torc
     plain = tk.layer_norm_modulate(x, scale, shift, impl="reference")
     exact = tk.layer_norm_modulate(x.double(), scale.double(), shift.double(), impl="reference")
     check_within_budget(got, plain, exact)
+    if not per_token:
+        check_affine_norm(x, scale, shift, device)
+
+
+def check_affine_norm(x: Tensor, weight: Tensor, bias: Tensor, device: str) -> None:
+    """Weights and biases instead of modulation, alone and after a residual without gate; small weights keep their bits."""
+    weight, bias, y = weight * 1e-3, bias * 1e-3, torch.randn_like(x)
+    operands = (x, y, weight, bias)
+    on_device, wide = tuple(t.to(device) for t in operands), tuple(t.double() for t in operands)
+    got = tk.layer_norm_modulate(on_device[0], *on_device[2:], impl="triton", affine=True)
+    plain = tk.layer_norm_modulate(x, weight, bias, impl="reference", affine=True)
+    exact = tk.layer_norm_modulate(wide[0], *wide[2:], impl="reference", affine=True)
+    check_within_budget(got, plain, exact)
+    out, h = tk.gate_residual_norm(*on_device[:2], None, *on_device[2:], impl="triton", affine=True)
+    assert torch.equal(out, (on_device[0].float() + on_device[1].float()).to(x.dtype))
+    assert torch.equal(h, tk.layer_norm_modulate(out, *on_device[2:], impl="triton", affine=True))
+    _, q, token_scale = tk.gate_residual_norm_quantize(*on_device[:2], None, *on_device[2:], impl="triton", affine=True)
+    expected = tk.layer_norm_modulate_quantize(out, *on_device[2:], impl="triton", affine=True)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(token_scale, expected[1])
 
 
 def check_gate(
@@ -92,6 +112,8 @@ def check_rope(batch: int, length: int, heads: int, head_dim: int, dtype: torch.
     plain = tk.rms_norm_rope(x, weight, cos, sin, impl="reference")
     exact = tk.rms_norm_rope(x.double(), weight.double(), cos.double(), sin.double(), impl="reference")
     tables = tuple(t.to(device) for t in (weight, cos, sin))
+    unturned = [tk.rms_norm_rope(t, w, impl="reference") for t, w in ((x, weight), (x.double(), weight.double()))]
+    check_within_budget(tk.rms_norm_rope(x.to(device), tables[0], impl="triton"), unturned[0], unturned[1])
     # Packed; one of three in a packed projection; heads that do not follow one another.
     packed = torch.full((batch, length, 3, heads, head_dim), float("nan"), dtype=dtype, device=device)
     apart = torch.full((batch, heads, length, head_dim + 6), float("nan"), dtype=dtype, device=device)

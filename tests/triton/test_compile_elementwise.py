@@ -59,13 +59,15 @@ def residual_norm_build(
     chunk: int,
     *,
     stream: str = "*bf16",
+    branch: bool = True,
     gate: bool = True,
     norm: bool = True,
     target: str = "*bf16",
 ) -> Build:
-    types = {"p_x": stream, "length": "i32", "eps": "fp32", "stride_xb": "i32", "stride_xl": "i32"}
+    types = {"p_x": stream, "length": "i32", "eps": "fp32", "offset": "fp32", "stride_xb": "i32", "stride_xl": "i32"}
     constants: dict = {"WIDTH": width, "CHUNK": chunk}
-    names = {"p_y": "*bf16", "p_gate": "*fp32", "p_out": stream} if gate else {}
+    names = {"p_y": "*bf16", "p_out": stream} if branch else {}
+    names |= {"p_gate": "*fp32"} if branch and gate else {}
     names |= {"p_scale": "*fp32", "p_shift": "*fp32", "p_h": target} if norm else {}
     names |= {"p_h_scale": "*fp32"} if target == "*i8" else {}
     for name in ("p_y", "p_gate", "p_out", "p_scale", "p_shift", "p_h", "p_h_scale"):
@@ -79,21 +81,26 @@ def residual_norm_build(
     return Build("turbokernels.fused_norm_modulate.kernel:_residual_norm_kernel", types, constants, warps, 1)
 
 
-def rope_build(heads: int, warps: int, chunk: int, packed: bool = True) -> Build:
+def rope_build(heads: int, warps: int, chunk: int, packed: bool = True, turned: bool = True) -> Build:
     types = {"p_x": "*bf16", "p_weight": "*fp32", "p_cos": "*fp32", "p_sin": "*fp32", "p_out": "*bf16", "length": "i32"}
     types |= {"eps": "fp32"} | dict.fromkeys(("stride_xb", "stride_xl", "stride_xn", "stride_cos", "stride_sin"), "i32")
-    constants = {"PACKED": packed, "HEAD_DIM": 128, "WIDTH": heads * 128, "CHUNK": chunk}
+    constants: dict = {"PACKED": packed, "HEAD_DIM": 128, "WIDTH": heads * 128, "CHUNK": chunk}
+    if not turned:
+        constants |= dict.fromkeys(("p_cos", "p_sin"))
+        types = {name: kind for name, kind in types.items() if name not in constants}
     return Build("turbokernels.fused_rms_rope.kernel:_rms_rope_kernel", types, constants, warps, 1)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_norms_and_gates(arch: int) -> None:
-    builds = [residual_norm_build(*rows, gate=False, target="*i8") for rows in NORM_ROWS]
+    builds = [residual_norm_build(*rows, branch=False, target="*i8") for rows in NORM_ROWS]
     builds += [residual_norm_build(*rows, stream="*fp32", target="*i8") for rows in NORM_ROWS]
     builds += [residual_norm_build(*NORM_ROWS[0], norm=False), residual_norm_build(*NORM_ROWS[0])]
+    builds.append(residual_norm_build(*NORM_ROWS[0], gate=False))
     check(builds, arch)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_rope(arch: int) -> None:
-    check([rope_build(12, 1, 256), rope_build(40, 4, 1024), rope_build(12, 1, 256, packed=False)], arch)
+    builds = [rope_build(12, 1, 256), rope_build(40, 4, 1024), rope_build(12, 1, 256, packed=False)]
+    check([*builds, rope_build(12, 1, 256, turned=False)], arch)

@@ -36,10 +36,10 @@ NORM_IMPLEMENTATIONS = {"triton": _triton_norm, "reference": reference.gate_resi
 QUANTIZE_IMPLEMENTATIONS = {"triton": _triton_norm_quantize, "reference": reference.gate_residual_norm_quantize}
 
 
-def _check(op: str, x: Tensor, y: Tensor, **modulation: Tensor) -> None:
+def _check(op: str, x: Tensor, y: Tensor, **modulation: Tensor | None) -> None:
     if y.shape != x.shape:
         raise ValueError(f"{op}: y has shape {tuple(y.shape)}; expected x's shape {tuple(x.shape)}")
-    check_modulation(op, x, y=y, **modulation)
+    check_modulation(op, x, y=y, **{name: tensor for name, tensor in modulation.items() if tensor is not None})
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, impl: str = "auto") -> Tensor:
@@ -58,31 +58,36 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, impl: str = "auto") -> Ten
 def gate_residual_norm(
     x: Tensor,
     y: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     scale: Tensor,
     shift: Tensor,
     eps: float = 1e-6,
     impl: str = "auto",
+    *,
+    affine: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """out = `gate_residual(x, y, gate)` in x's dtype, and h = `layer_norm_modulate(out, scale, shift)` in y's dtype.
 
-    The end of one branch and the start of the next in one pass: the stream is read and written once. An affine norm
-    has scale = weight - 1 and shift = bias, as (B, 1, C).
+    The end of one branch and the start of the next in one pass: the stream is read and written once. gate None
+    is a gate of 1. `affine`: h is the norm times scale alone, for an affine norm's weight and bias as (B, 1, C).
     Errors, operands, source: as those two.
     """
     _check("gate_residual_norm", x, y, gate=gate, scale=scale, shift=shift)
-    return dispatch.choose("gate_residual_norm", impl, x.device, NORM_IMPLEMENTATIONS)(x, y, gate, scale, shift, eps)
+    run = dispatch.choose("gate_residual_norm", impl, x.device, NORM_IMPLEMENTATIONS)
+    return run(x, y, gate, scale, shift, eps, affine)
 
 
 def gate_residual_norm_quantize(
     x: Tensor,
     y: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     scale: Tensor,
     shift: Tensor,
     eps: float = 1e-6,
     dtype: torch.dtype = torch.int8,
     impl: str = "auto",
+    *,
+    affine: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gate_residual_norm` whose h is quantised per token: out, values (B, L, C) of `dtype`, float32 scale (B, L).
 
@@ -93,5 +98,6 @@ def gate_residual_norm_quantize(
     op = "gate_residual_norm_quantize"
     _check(op, x, y, gate=gate, scale=scale, shift=shift)
     check_dtype(op, dtype)
-    check_inference(op, x=x, y=y, gate=gate, scale=scale, shift=shift)
-    return dispatch.choose(op, impl, x.device, QUANTIZE_IMPLEMENTATIONS)(x, y, gate, scale, shift, eps, dtype)
+    check_inference(op, x=x, y=y, scale=scale, shift=shift, **({} if gate is None else {"gate": gate}))
+    run = dispatch.choose(op, impl, x.device, QUANTIZE_IMPLEMENTATIONS)
+    return run(x, y, gate, scale, shift, eps, dtype, affine)

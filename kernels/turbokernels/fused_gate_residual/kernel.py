@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +23,36 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def gate_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, affine: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As reference.gate_residual_norm."""
-    check("gate_residual_norm", None, x, y, gate, scale, shift)
+    gates = () if gate is None else (gate,)
+    check("gate_residual_norm", None, x, y, scale, shift, *gates)
 
-    def fused(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        out, h = residual_norm(x, y, gate, scale, shift, eps, None)
+    def fused(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, h = residual_norm(x, y, gate, scale, shift, eps, None, affine)
         return out, h
 
-    of_reference = partial(reference.gate_residual_norm, eps=eps)
-    return differentiable("gate_residual_norm", fused, of_reference, x, y, gate, scale, shift)
+    def of_reference(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None = None) -> Any:
+        return reference.gate_residual_norm(x, y, gate, scale, shift, eps, affine)
+
+    return differentiable("gate_residual_norm", fused, of_reference, x, y, scale, shift, *gates)
 
 
 def gate_residual_norm_quantize(
-    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    affine: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.gate_residual_norm_quantize."""
-    check("gate_residual_norm_quantize", dtype, x, y, gate, scale, shift)
-    refuse_tangents("gate_residual_norm_quantize", x, y, gate, scale, shift)
-    out, values, token_scale = residual_norm(x, y, gate, scale, shift, eps, dtype)
+    op = "gate_residual_norm_quantize"
+    operands = (x, y, scale, shift) if gate is None else (x, y, scale, shift, gate)
+    check(op, dtype, *operands)
+    refuse_tangents(op, *operands)
+    out, values, token_scale = residual_norm(x, y, gate, scale, shift, eps, dtype, affine)
     return out, values, token_scale

@@ -45,6 +45,7 @@ def _residual_norm_kernel(
     p_h_scale,
     length,
     eps,
+    offset,
     stride_xb,
     stride_xl,
     stride_yb,
@@ -58,17 +59,22 @@ def _residual_norm_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """out = x + y * gate (with p_y); h = norm(out) * (1 + scale) + shift (with p_h), in 8 bits with p_h_scale."""
+    """out = x + y * gate, or x + y without p_gate (with p_y); h = norm(out) * (offset + scale) + shift (with p_h), in 8
+    bits with p_h_scale.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_l = i_row // length, i_row % length
     row = load_row(p_x + i_b * stride_xb + i_l * stride_xl, WIDTH, CHUNK)
     if p_y is not None:
         branch = load_row(p_y + i_b * stride_yb + i_l * stride_yl, WIDTH, CHUNK)
-        p_gate += i_b * stride_gate_b + i_l * stride_gate_l
+        if p_gate is not None:
+            p_gate += i_b * stride_gate_b + i_l * stride_gate_l
         stream = ()
         for i in tl.static_range(len(row)):
-            b_out = row[i] + branch[i] * load_piece(p_gate, i, WIDTH, CHUNK)
-            b_out = b_out.to(p_out.dtype.element_ty)
+            b_branch = branch[i]
+            if p_gate is not None:
+                b_branch *= load_piece(p_gate, i, WIDTH, CHUNK)
+            b_out = (row[i] + b_branch).to(p_out.dtype.element_ty)
             store_piece(p_out + i_row * WIDTH, b_out, i, WIDTH, CHUNK)
             stream = stream + (b_out.to(tl.float32),)  # noqa: RUF005 (what is normed is what is stored)
         row = stream
@@ -80,7 +86,7 @@ def _residual_norm_kernel(
         p_shift += i_b * stride_shift_b + i_l * stride_shift_l
         normed = ()
         for i in tl.static_range(len(row)):
-            b_gain = 1.0 + load_piece(p_scale, i, WIDTH, CHUNK)
+            b_gain = offset + load_piece(p_scale, i, WIDTH, CHUNK)
             b_h = (row[i] - mean) * inverse_deviation * b_gain + load_piece(p_shift, i, WIDTH, CHUNK)
             if p_h_scale is None:
                 store_piece(p_h + i_row * WIDTH, b_h, i, WIDTH, CHUNK)
@@ -119,8 +125,9 @@ def residual_norm(
     shift: Tensor | None,
     eps: float,
     quantized: torch.dtype | None,
+    affine: bool = False,
 ) -> list[Tensor]:
-    """[x + y * gate] (with y and gate), then [h] or [8-bit h, its scales] (with scale and shift)."""
+    """[x + y * gate] (with y; gate None is 1), then [h] or [8-bit h, its scales] (with scale and shift)."""
     batch, length, width = x.shape
     results = _results(x, y, scale is not None, quantized)
     out = None if y is None else results[0]
@@ -139,6 +146,7 @@ def residual_norm(
             h_scale,
             length,
             eps,
+            0.0 if affine else 1.0,
             *(stride for operand in (x, y, gate, scale, shift) for stride in _strides(operand)),
             WIDTH=width,
             **launch.kwargs(),
@@ -158,6 +166,7 @@ def _(
     shift: Tensor | None,
     eps: float,
     quantized: torch.dtype | None,
+    affine: bool = False,
 ) -> list[Tensor]:
     return _results(x, y, scale is not None, quantized)
 
@@ -169,23 +178,24 @@ def check(op: str, quantized: torch.dtype | None, x: Tensor, *others: Tensor) ->
         check_row_kernel(op, operand, 1)
 
 
-def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, affine: bool = False) -> Tensor:
     """As reference.layer_norm_modulate."""
     op = "layer_norm_modulate"
     check(op, None, x, scale, shift)
 
     def fused(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return residual_norm(x, None, None, scale, shift, eps, None)[0]
+        return residual_norm(x, None, None, scale, shift, eps, None, affine)[0]
 
-    return differentiable(op, fused, partial(reference.layer_norm_modulate, eps=eps), x, scale, shift)
+    of_reference = partial(reference.layer_norm_modulate, eps=eps, affine=affine)
+    return differentiable(op, fused, of_reference, x, scale, shift)
 
 
 def layer_norm_modulate_quantize(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype, affine: bool = False
 ) -> tuple[Tensor, Tensor]:
     """As reference.layer_norm_modulate_quantize."""
     op = "layer_norm_modulate_quantize"
     check(op, dtype, x, scale, shift)
     refuse_tangents(op, x, scale, shift)
-    values, token_scale = residual_norm(x, None, None, scale, shift, eps, dtype)
+    values, token_scale = residual_norm(x, None, None, scale, shift, eps, dtype, affine)
     return values, token_scale

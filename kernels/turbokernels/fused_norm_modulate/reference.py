@@ -12,23 +12,26 @@ from turbokernels.quantize.reference import quantize_rows
 from turbokernels.softmax_core import compute_dtype
 
 
-def modulated(x_BLC: Tensor, scale_BSC: Tensor, shift_BSC: Tensor, eps: float) -> Tensor:
+def modulated(x_BLC: Tensor, scale_BSC: Tensor, shift_BSC: Tensor, eps: float, affine: bool) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * (1 + scale) + shift, mean and (biased) variance over C; not rounded to x's
-    dtype.
+    dtype. Affine: times scale alone.
     """
     dtype = compute_dtype(x_BLC.dtype)
     normed_BLC = torch.nn.functional.layer_norm(x_BLC.to(dtype), x_BLC.shape[-1:], eps=eps)
-    return torch.addcmul(shift_BSC.to(dtype), normed_BLC, 1.0 + scale_BSC.to(dtype))
+    gain_BSC = scale_BSC.to(dtype) if affine else 1.0 + scale_BSC.to(dtype)
+    return torch.addcmul(shift_BSC.to(dtype), normed_BLC, gain_BSC)
 
 
-def layer_norm_modulate(x_BLC: Tensor, scale_BSC: Tensor, shift_BSC: Tensor, eps: float) -> Tensor:
+def layer_norm_modulate(
+    x_BLC: Tensor, scale_BSC: Tensor, shift_BSC: Tensor, eps: float, affine: bool = False
+) -> Tensor:
     """`modulated`, in x's dtype."""
-    return modulated(x_BLC, scale_BSC, shift_BSC, eps).to(x_BLC.dtype)
+    return modulated(x_BLC, scale_BSC, shift_BSC, eps, affine).to(x_BLC.dtype)
 
 
 @torch.no_grad()
 def layer_norm_modulate_quantize(
-    x_BLC: Tensor, scale_BSC: Tensor, shift_BSC: Tensor, eps: float, dtype: torch.dtype
+    x_BLC: Tensor, scale_BSC: Tensor, shift_BSC: Tensor, eps: float, dtype: torch.dtype, affine: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`modulated`, quantised per token: values of `dtype` (B, L, C), float32 scales (B, L)."""
-    return quantize_rows(modulated(x_BLC, scale_BSC, shift_BSC, eps), dtype)
+    return quantize_rows(modulated(x_BLC, scale_BSC, shift_BSC, eps, affine), dtype)

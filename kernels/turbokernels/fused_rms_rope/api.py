@@ -20,12 +20,19 @@ def _triton(*operands: Any) -> Tensor:
 IMPLEMENTATIONS = {"triton": _triton, "reference": reference.rms_norm_rope}
 
 
-def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6, impl: str = "auto") -> Tensor:
+def rms_norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+) -> Tensor:
     """RMSNorm over all heads and channels of a token, then RoPE on neighbouring channel pairs; (B, L, N, D) in x's
     dtype.
 
     x: (B, L, N, D), contiguous last dimension, D even; weight: (N * D,); cos, sin: (L, D / 2), the rotation of each
-    token and pair. Arithmetic is float32 (float64 for float64 x), rounded once at the end.
+    token and pair, or None and None for the norm alone. Arithmetic is float32 (float64 for float64 x), rounded once at the end.
     Errors: ValueError when shapes, dtypes, devices or strides do not fit.
     Source: Wan's query and key normalisation, arXiv 2503.20314.
     """
@@ -35,7 +42,11 @@ def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
     check_floating(op, x=x)
     _, length, heads, head_dim = x.shape
     expected = {"weight": (heads * head_dim,), "cos": (length, head_dim // 2), "sin": (length, head_dim // 2)}
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{op}: {'cos' if cos is None else 'sin'} is missing; pass cos and sin together, or neither")
     for name, tensor in {"weight": weight, "cos": cos, "sin": sin}.items():
+        if tensor is None:
+            continue
         check_floating(op, **{name: tensor})
         if tuple(tensor.shape) != expected[name]:
             raise ValueError(

@@ -6,8 +6,6 @@ Shape suffixes: B batch, L tokens, N heads, D head dim, H half of the head dim.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -56,7 +54,7 @@ def _rms_rope_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One token: all its heads normed together, then every pair of neighbours turned by its angle."""
+    """One token: all its heads normed together, then (with p_cos) every pair of neighbours turned by its angle."""
     i_row = tl.program_id(0).to(tl.int64)
     i_b, i_l = i_row // length, i_row % length
     p_token = p_x + i_b * stride_xb + i_l * stride_xl
@@ -69,17 +67,21 @@ def _rms_rope_kernel(
     i_pair = tl.arange(0, CHUNK // 2)
     for i in tl.static_range(len(row)):
         b_x = row[i] * inverse_rms * load_piece(p_weight, i, WIDTH, CHUNK)
-        b_real, b_imag = tl.split(tl.reshape(b_x, (CHUNK // 2, 2)))  # [CHUNK / 2]
-        # The angles repeat in every head.
-        i_h = (i * (CHUNK // 2) + i_pair) % (HEAD_DIM // 2)
-        b_cos = tl.load(p_cos + i_l * stride_cos + i_h).to(tl.float32)
-        b_sin = tl.load(p_sin + i_l * stride_sin + i_h).to(tl.float32)
-        b_turned = tl.join(b_real * b_cos - b_imag * b_sin, b_real * b_sin + b_imag * b_cos)  # [CHUNK / 2, 2]
-        store_piece(p_out + i_row * WIDTH, tl.reshape(b_turned, (CHUNK,)), i, WIDTH, CHUNK)
+        if p_cos is not None:
+            b_real, b_imag = tl.split(tl.reshape(b_x, (CHUNK // 2, 2)))  # [CHUNK / 2]
+            # The angles repeat in every head.
+            i_h = (i * (CHUNK // 2) + i_pair) % (HEAD_DIM // 2)
+            b_cos = tl.load(p_cos + i_l * stride_cos + i_h).to(tl.float32)
+            b_sin = tl.load(p_sin + i_l * stride_sin + i_h).to(tl.float32)
+            b_turned = tl.join(b_real * b_cos - b_imag * b_sin, b_real * b_sin + b_imag * b_cos)  # [CHUNK / 2, 2]
+            b_x = tl.reshape(b_turned, (CHUNK,))
+        store_piece(p_out + i_row * WIDTH, b_x, i, WIDTH, CHUNK)
 
 
 @torch.library.custom_op("turbokernels::rms_norm_rope", mutates_args=())
-def _rms_norm_rope(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor, sin_LH: Tensor, eps: float) -> Tensor:
+def _rms_norm_rope(
+    x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor | None, sin_LH: Tensor | None, eps: float
+) -> Tensor:
     batch, length, heads, head_dim = x_BLND.shape
     out_BLND = torch.empty(x_BLND.shape, dtype=x_BLND.dtype, device=x_BLND.device)
     if not out_BLND.numel():
@@ -95,8 +97,8 @@ def _rms_norm_rope(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor, sin_LH: Te
             length,
             eps,
             *x_BLND.stride()[:3],
-            cos_LH.stride(0),
-            sin_LH.stride(0),
+            0 if cos_LH is None else cos_LH.stride(0),
+            0 if sin_LH is None else sin_LH.stride(0),
             PACKED=heads == 1 or x_BLND.stride(2) == head_dim,
             HEAD_DIM=head_dim,
             WIDTH=heads * head_dim,
@@ -108,18 +110,22 @@ def _rms_norm_rope(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor, sin_LH: Te
 
 
 @_rms_norm_rope.register_fake
-def _(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor, sin_LH: Tensor, eps: float) -> Tensor:
+def _(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor | None, sin_LH: Tensor | None, eps: float) -> Tensor:
     return torch.empty(x_BLND.shape, dtype=x_BLND.dtype, device=x_BLND.device)
 
 
-def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def rms_norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
     """As reference.rms_norm_rope."""
     op = "rms_norm_rope"
     check_row_kernel(op, x, x.shape[2] * x.shape[3])
-    for operand in (weight, cos, sin):
+    angles = () if cos is None or sin is None else (cos, sin)
+    for operand in (weight, *angles):
         check_row_kernel(op, operand, 1)
 
-    def fused(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def fused(x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
         return _rms_norm_rope(x, weight, cos, sin, eps)
 
-    return differentiable(op, fused, partial(reference.rms_norm_rope, eps=eps), x, weight, cos, sin)
+    def of_reference(x: Tensor, weight: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        return reference.rms_norm_rope(x, weight, cos, sin, eps)
+
+    return differentiable(op, fused, of_reference, x, weight, *angles)

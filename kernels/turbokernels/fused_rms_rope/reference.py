@@ -11,15 +11,17 @@ from torch import Tensor
 from turbokernels.softmax_core import compute_dtype
 
 
-def rms_norm_rope(x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor, sin_LH: Tensor, eps: float) -> Tensor:
-    """y = rotate(x / sqrt(mean over N, D of x^2 + eps) * weight): neighbours (2h, 2h + 1) turn by angle (l, h)."""
+def rms_norm_rope(
+    x_BLND: Tensor, weight_ND: Tensor, cos_LH: Tensor | None, sin_LH: Tensor | None, eps: float
+) -> Tensor:
+    """y = rotate(x / sqrt(mean over N, D of x^2 + eps) * weight): neighbours (2h, 2h + 1) turn by angle (l, h), if
+    any.
+    """
     dtype = compute_dtype(x_BLND.dtype)
-    wide_BLND = x_BLND.to(dtype)
-    inverse_rms_BL11 = torch.rsqrt(wide_BLND.square().mean((2, 3), keepdim=True) + eps)
-    normed_BLND = wide_BLND * inverse_rms_BL11 * weight_ND.to(dtype).view(x_BLND.shape[2:])
-    real_BLNH, imag_BLNH = normed_BLND.unflatten(-1, (-1, 2)).unbind(-1)
-    cos_L1H, sin_L1H = cos_LH.to(dtype).unsqueeze(1), sin_LH.to(dtype).unsqueeze(1)
-    turned_BLNH2 = torch.stack(
-        (real_BLNH * cos_L1H - imag_BLNH * sin_L1H, real_BLNH * sin_L1H + imag_BLNH * cos_L1H), -1
-    )
-    return turned_BLNH2.flatten(-2).to(x_BLND.dtype)
+    wide_BLC = x_BLND.to(dtype).flatten(2)
+    normed_BLC = torch.nn.functional.rms_norm(wide_BLC, wide_BLC.shape[-1:], weight_ND.to(dtype), eps)
+    if cos_LH is None or sin_LH is None:
+        return normed_BLC.to(x_BLND.dtype).view(x_BLND.shape)
+    turn_LH = torch.complex(cos_LH.to(dtype), sin_LH.to(dtype))
+    pairs_BLNH = torch.view_as_complex(normed_BLC.unflatten(-1, (x_BLND.shape[2], -1, 2)))
+    return torch.view_as_real(pairs_BLNH * turn_LH[:, None]).flatten(-2).to(x_BLND.dtype)

@@ -31,7 +31,8 @@ def rounded_rows(x_RK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     x_RK = x_RK.float()
     limit = LIMITS[dtype]
-    scale_R = safe_scale(x_RK.abs().amax(-1) / limit)
+    # By a tensor: on CUDA, PyTorch multiplies by the rounded reciprocal of a number, and ties then round otherwise.
+    scale_R = safe_scale(x_RK.abs().amax(-1) / torch.full((), limit, device=x_RK.device))
     values_RK = x_RK / scale_R[..., None]
     if dtype == torch.int8:
         return values_RK.round_().clamp_(-limit, limit), scale_R
