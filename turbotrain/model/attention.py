@@ -56,6 +56,11 @@ class SparseLinearAttention(nn.Module):
             with torch.no_grad():
                 selection = tk.select_blocks(q.x, k.x, config.topk, config.block_q, config.block_k)
         primals = (q.x, k.x, v.x)
+        projection = self.local_attn["proj_l"]
+        if q.t is k.t is v.t is None and not torch.is_grad_enabled():
+            weight, bias = projection.get_parameter("weight"), projection.get_parameter("bias")
+            sparse = self._sparse(*primals, selection)
+            return Dual(tk.add_linear_attention(sparse, *primals, weight, bias, config.feature_map)), selection
         if q.t is None or k.t is None or v.t is None:
             if not (q.t is k.t is v.t):
                 raise ValueError("SLA takes the tangents of q, k and v together, or none")
@@ -66,7 +71,7 @@ class SparseLinearAttention(nn.Module):
                 raise ValueError("attention.kind=sage_sla has no tangent (inference only): use sla, of equal weights")
             sparse = Dual(*tk.sparse_attention_jvp(*primals, q.t, k.t, v.t, selection))
             everywhere = Dual(*tk.linear_attention_jvp(*primals, q.t, k.t, v.t, config.feature_map))
-        projected = linear(self.local_attn["proj_l"], everywhere)
+        projected = linear(projection, everywhere)
         return add(sparse, cast(projected, q.x.dtype)), selection
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockMask) -> Tensor:

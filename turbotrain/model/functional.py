@@ -45,11 +45,12 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(wide(x_BLD), x_BLD.shape[-1:], wide(weight_D), eps).to(x_BLD.dtype)
 
 
-def norm_rope(x_BLD: Tensor, weight_D: Tensor, rope_LP: Tensor, eps: float) -> Tensor:
-    """RMSNorm over all heads, then the rotation of neighbouring pairs: (B, L, N, H)."""
+def norm_rope(x_BLD: Tensor, weight_D: Tensor, rope_2LP: Tensor, eps: float) -> Tensor:
+    """RMSNorm over all heads, then the rotation of neighbouring pairs by angles of cosine and sine `rope`: (B, L, N, H)."""
+    turn_LP = torch.complex(*rope_2LP.unbind())
     normed_BLD = F.rms_norm(wide(x_BLD), x_BLD.shape[-1:], wide(weight_D), eps)
-    pairs_BLNP = torch.view_as_complex(normed_BLD.unflatten(-1, (-1, rope_LP.shape[-1], 2)))
-    return torch.view_as_real(pairs_BLNP * rope_LP[:, None]).flatten(-2).to(x_BLD.dtype)
+    pairs_BLNP = torch.view_as_complex(normed_BLD.unflatten(-1, (-1, turn_LP.shape[-1], 2)))
+    return torch.view_as_real(pairs_BLNP * turn_LP[:, None]).flatten(-2).to(x_BLD.dtype)
 
 
 def gated_residual(x_BLD: Tensor, branch_BLD: Tensor, gate_BMD: Tensor) -> Tensor:

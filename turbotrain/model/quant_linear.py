@@ -15,11 +15,14 @@ Shape suffixes: N output features, K input features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from turbokernels.checks import check_inference
+from turbokernels.quantize.api import quantize_block, quantize_token
 from turbokernels.w8a8.api import (
     WEIGHT_DTYPES,
     check_scheme,
@@ -29,7 +32,7 @@ from turbokernels.w8a8.api import (
     w8a8_linear,
 )
 
-from turbotrain.model.tangent import Linear
+from turbotrain.model.tangent import Dual, Linear, Quantized
 
 DISK_SUFFIXES = {torch.int8: ".int8_weight", torch.float8_e4m3fn: ".fp8_weight"}
 # SmoothQuant vectors that a block applies in its modulation, and the linears whose columns were multiplied by them.
@@ -37,7 +40,9 @@ BLOCK_VECTORS = {"smooth_attn": ("self_attn.q", "self_attn.k", "self_attn.v"), "
 
 
 class QuantLinear(nn.Module):
-    """y = W8A8(x / smooth) + bias, in x's dtype; x (..., K), y (..., N). Inference only: no gradient, no tangent.
+    """y = W8A8(activation(x) / smooth) + bias, in x's dtype; x (..., K), y (..., N). No gradient, no tangent.
+
+    x may also come quantised (`quantize_for`); activation: None or "gelu_tanh", applied where x is quantised.
 
     The constructor leaves the values uninitialised, for loading (any device, meta included); `from_linear` quantises.
     Casting the model (`.to(dtype)`) casts the bias alone: scales, `smooth` and 8-bit values are what they are.
@@ -86,11 +91,21 @@ class QuantLinear(nn.Module):
         layer.smooth = smooth_K
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.smooth is None:
-            return w8a8_linear(x, self.weight_q, self.scale, self.bias, self.scheme)
-        # Divided in float32, so that a bf16 x is not rounded once more before its quantisation.
-        return w8a8_linear(x.float() / self.smooth, self.weight_q, self.scale, self.bias, self.scheme).to(x.dtype)
+    def forward(self, x: Tensor | Quantized, activation: str | None = None) -> Tensor:
+        operand: Tensor | tuple[Tensor, Tensor]
+        if isinstance(x, Quantized):
+            operand = (x.values, x.scale)
+        elif self.smooth is None and activation is None:
+            operand = x
+        else:
+            # In float32, so that a bf16 x is not rounded once more before its quantisation.
+            check_inference("QuantLinear", x=x)
+            if self.scheme == "int8_block128":
+                operand = x.float() if activation is None else F.gelu(x.float(), approximate="tanh")
+                operand = operand if self.smooth is None else operand / self.smooth
+            else:
+                operand = quantize_token(x, self.weight_q.dtype, activation=activation, smooth=self.smooth)
+        return w8a8_linear(operand, self.weight_q, self.scale, self.bias, self.scheme, out_dtype=x.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight (N, K) that this layer stands for; `smooth` is folded back into it."""
@@ -111,6 +126,20 @@ class QuantLinear(nn.Module):
             return moved if tensor is bias or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+def common_scheme(layers: Iterable[nn.Module]) -> str | None:
+    """The scheme in which one quantisation of their input serves all the layers; None where there is no such scheme."""
+    schemes = {layer.scheme if isinstance(layer, QuantLinear) and layer.smooth is None else None for layer in layers}
+    return schemes.pop() if len(schemes) == 1 else None
+
+
+def quantize_for(scheme: str | None, x: Tensor) -> Dual | Quantized:
+    """x quantised as the layers of a scheme read it; as it is for None."""
+    if scheme is None:
+        return Dual(x)
+    values, scale = quantize_block(x) if scheme == "int8_block128" else quantize_token(x, WEIGHT_DTYPES[scheme])
+    return Quantized(values, scale, x.dtype)
 
 
 def replace_linears(model: nn.Module, layers: Mapping[str, str], smoothed: Collection[str] = ()) -> nn.Module:

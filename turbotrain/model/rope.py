@@ -10,11 +10,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 THETA = 10_000.0
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 Grid = tuple[int, int, int]
 
 
@@ -24,24 +28,35 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return (head_dim // 2 - 2 * side, side, side)
 
 
-@functools.lru_cache(maxsize=16)
+def _made_once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Remembers results, except in a compiled graph, which makes its own: on the device, in microseconds."""
+    remember = functools.lru_cache(maxsize=16)(function)
+
+    @functools.wraps(function)
+    def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        return (function if torch.compiler.is_compiling() else remember)(*args, **kwargs)
+
+    return make
+
+
+@_made_once
 def rope_table(grid: Grid, head_dim: int, block: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """exp(i angle) (L, P), complex of `dtype`'s precision, for the tokens of `grid` (t, h, w) in `token_order`.
+    """cos and sin of the angles (2, L, P) in `dtype`, for the tokens of `grid` (t, h, w) in `token_order`.
 
     Angles are computed in float64, as published: position * theta^(-2 j / width of the axis).
     """
     with torch.inference_mode(False):  # a table first made while sampling must still be usable in training
-        positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid)).reshape(-1, 3)
+        axes = (torch.arange(n, dtype=torch.float64, device=device) for n in grid)
+        positions = torch.cartesian_prod(*axes).reshape(-1, 3)
         angles = []
         for axis, pairs in enumerate(axis_pairs(head_dim)):
-            frequencies_P = THETA ** -(torch.arange(pairs, dtype=torch.float64) / max(1, pairs))
+            frequencies_P = THETA ** -(torch.arange(pairs, dtype=torch.float64, device=device) / max(1, pairs))
             angles.append(positions[:, axis, None] * frequencies_P)
         angles_LP = torch.cat(angles, dim=1)
-        order_L = token_order(grid, block, torch.device("cpu"))
+        order_L = token_order(grid, block, device)
         if order_L is not None:
             angles_LP = angles_LP[order_L]
-        table_LP = torch.polar(torch.ones_like(angles_LP), angles_LP)
-        return table_LP.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
+        return torch.stack([angles_LP.cos(), angles_LP.sin()]).to(dtype)
 
 
 def cube_shape(grid: Grid, block: int) -> Grid:
@@ -65,7 +80,7 @@ def _even_split(length: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-@functools.lru_cache(maxsize=16)
+@_made_once
 def token_order(grid: Grid, block: int | None, device: torch.device) -> Tensor | None:
     """Raster indices (L,) of the tokens in the order in which they enter the network; None for raster order itself.
 
@@ -77,7 +92,7 @@ def token_order(grid: Grid, block: int | None, device: torch.device) -> Tensor |
         return None
     n_t, n_h, n_w = grid
     box_t, box_h, _ = cube_shape(grid, block)
-    index = torch.arange(n_t * n_h * n_w).view(grid)
+    index = torch.arange(n_t * n_h * n_w, device=device).view(grid)
     pieces: list[Tensor] = []
     forward_h = forward_w = True
     for ts in _even_split(n_t, max(1, round(n_t / box_t))):
@@ -88,10 +103,10 @@ def token_order(grid: Grid, block: int | None, device: torch.device) -> Tensor |
             forward_w = not forward_w
         forward_h = not forward_h
     with torch.inference_mode(False):
-        return torch.cat(pieces).to(device)
+        return torch.cat(pieces)
 
 
-@functools.lru_cache(maxsize=16)
+@_made_once
 def inverse_order(grid: Grid, block: int, device: torch.device) -> Tensor:
     """Where each raster token sits in `token_order(grid, block)`: indexing with it restores raster order."""
     order_L = token_order(grid, block, device)

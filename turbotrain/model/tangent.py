@@ -25,6 +25,14 @@ class Dual(NamedTuple):
     t: Tensor | None = None
 
 
+class Quantized(NamedTuple):
+    """What linears with 8-bit activations read in place of a Dual: values (..., K), their scales; dtype: of the results."""
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
 def wide(x: Tensor) -> Tensor:
     """x in the precision of the float32 islands: float32, or float64 when it already is."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -93,8 +101,17 @@ class WideLinear(Linear):
             return out, F.linear(tangent.to(dtype), weight)
 
 
-def linear(module: nn.Module, dual: Dual) -> Dual:
+def unbind(dual: Dual, dim: int) -> list[Dual]:
+    """The slices along a dimension, each with its tangent."""
+    values = dual.x.unbind(dim)
+    slopes = [None] * len(values) if dual.t is None else dual.t.unbind(dim)
+    return [Dual(value, slope) for value, slope in zip(values, slopes)]
+
+
+def linear(module: nn.Module, dual: Dual | Quantized) -> Dual:
     """module(dual) for a linear layer. Raises ValueError when a quantized layer is asked for a tangent."""
+    if isinstance(dual, Quantized):
+        return Dual(module(dual))
     if dual.t is None:
         return Dual(module(dual.x))
     if not getattr(module, "has_tangent", False):

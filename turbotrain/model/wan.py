@@ -10,7 +10,6 @@ time for the sample, or one per token), D model width, N heads, P rotary pairs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +21,20 @@ from turbokernels import BlockMask
 from turbotrain.model import functional as fn
 from turbotrain.model.attention import SparseLinearAttention, build_attention, dense_attention
 from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.elementwise import (
+    Norm,
+    for_readers,
+    gelu_linear,
+    merge_heads,
+    norm,
+    norm_heads,
+    residual,
+    residual_norm,
+    split_heads,
+)
 from turbotrain.model.inputs import Selection, check_inputs
 from turbotrain.model.rope import Grid, inverse_order, rope_table, token_order
-from turbotrain.model.tangent import Dual, Linear, WideLinear, add, cast, lift, linear, wide
+from turbotrain.model.tangent import Dual, Linear, Quantized, WideLinear, add, cast, lift, linear, unbind, wide
 from turbotrain.model.variants import WanConfig
 
 # Parameters that stay float32 when the network is cast; P of SLA is one of them.
@@ -51,12 +61,14 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(config.dim), RMSNorm(config.dim)
         self.attn_op = build_attention(config.head_dim, attention)
 
-    def forward(self, x: Dual, rope_LP: Tensor, selection: BlockMask | None) -> tuple[Dual, BlockMask | None]:
-        q = lift(fn.norm_rope, linear(self.q, x), self.norm_q.weight, rope_LP, self.eps)
-        k = lift(fn.norm_rope, linear(self.k, x), self.norm_k.weight, rope_LP, self.eps)
-        v = _split_heads(linear(self.v, x), self.num_heads)
+    def forward(
+        self, x: Dual | Quantized, rope_2LP: Tensor, selection: BlockMask | None
+    ) -> tuple[Dual, BlockMask | None]:
+        q = norm_heads(linear(self.q, x), self.norm_q.weight, rope_2LP, self.num_heads, self.eps)
+        k = norm_heads(linear(self.k, x), self.norm_k.weight, rope_2LP, self.num_heads, self.eps)
+        v = split_heads(linear(self.v, x), self.num_heads)
         out, selection = self.attn_op(q, k, v, selection)
-        return linear(self.o, _merge_heads(out)), selection
+        return linear(self.o, merge_heads(out)), selection
 
 
 class CrossAttention(nn.Module):
@@ -71,17 +83,17 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = Linear(config.dim, config.dim), Linear(config.dim, config.dim)
             self.norm_k_img = RMSNorm(config.dim)
 
-    def forward(self, x: Dual, context_BSD: Tensor, clip_BSD: Tensor | None) -> Dual:
-        q = _split_heads(lift(fn.rms_norm, linear(self.q, x), self.norm_q.weight, self.eps), self.num_heads)
+    def forward(self, x: Dual | Quantized, context_BSD: Tensor, clip_BSD: Tensor | None) -> Dual:
+        q = norm_heads(linear(self.q, x), self.norm_q.weight, None, self.num_heads, self.eps)
         out = self._attend(q, context_BSD, self.k, self.v, self.norm_k)
         if clip_BSD is not None:
             out = add(out, self._attend(q, clip_BSD, self.k_img, self.v_img, self.norm_k_img))
-        return linear(self.o, _merge_heads(out))
+        return linear(self.o, merge_heads(out))
 
     def _attend(self, q: Dual, context_BSD: Tensor, to_k: nn.Module, to_v: nn.Module, norm_k: RMSNorm) -> Dual:
-        k = lift(fn.rms_norm, to_k(context_BSD), norm_k.weight, self.eps)
-        v = Dual(to_v(context_BSD))
-        return dense_attention(q, _split_heads(k, self.num_heads), _split_heads(v, self.num_heads))
+        context = for_readers(context_BSD, (to_k, to_v))
+        k = norm_heads(linear(to_k, context), norm_k.weight, None, self.num_heads, self.eps)
+        return dense_attention(q, k, split_heads(linear(to_v, context), self.num_heads))
 
 
 class Block(nn.Module):
@@ -111,22 +123,22 @@ class Block(nn.Module):
     def forward(
         self,
         x: Dual,
-        time: Sequence[Dual],
+        time: Dual,
         context_BSD: Tensor,
         clip_BSD: Tensor | None,
-        rope_LP: Tensor,
+        rope_2LP: Tensor,
         selection: BlockMask | None = None,
     ) -> tuple[Dual, BlockMask | None]:
         """x (B, L, D) and the block lists of its self-attention.
 
-        time: shift, scale, gate of self-attention, then of the feed-forward, each (B, M, D).
+        time (B, M, 6, D): shift, scale, gate of self-attention, then of the feed-forward.
         """
         if not (self.checkpointed and torch.is_grad_enabled()):
-            return self._compute(x, time, context_BSD, clip_BSD, rope_LP, selection)
+            return self._compute(x, time, context_BSD, clip_BSD, rope_2LP, selection)
 
-        def compute(x: Dual, time: Sequence[Dual], context_BSD: Tensor, clip_BSD: Tensor | None) -> Dual:
+        def compute(x: Dual, time: Dual, context_BSD: Tensor, clip_BSD: Tensor | None) -> Dual:
             nonlocal selection  # the recomputation reuses the first pass's block lists
-            out, selection = self._compute(x, time, context_BSD, clip_BSD, rope_LP, selection)
+            out, selection = self._compute(x, time, context_BSD, clip_BSD, rope_2LP, selection)
             return out
 
         # Inside forward, so that the wrappers of parallel training sit outside. No dropout, so no RNG state to restore.
@@ -137,26 +149,26 @@ class Block(nn.Module):
     def _compute(
         self,
         x: Dual,
-        time: Sequence[Dual],
+        time: Dual,
         context_BSD: Tensor,
         clip_BSD: Tensor | None,
-        rope_LP: Tensor,
+        rope_2LP: Tensor,
         selection: BlockMask | None,
     ) -> tuple[Dual, BlockMask | None]:
-        own = wide(self.modulation).unbind(1)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (Dual(m + e.x, e.t) for m, e in zip(own, time))
+        attn, cross, ffn = self.self_attn, self.cross_attn, self.ffn
+        vectors = Dual(wide(self.modulation)[:, None] + time.x, time.t)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = unbind(vectors, 2)
+        norm1 = Norm(shift, scale, self.eps, self.smooth_attn)
+        norm2 = Norm(ffn_shift, ffn_scale, self.eps, self.smooth_ffn)
+        norm3 = Norm(Dual(self.norm3.bias), Dual(self.norm3.weight), self.eps, affine=True)
 
-        h, selection = self.self_attn(
-            lift(fn.norm_modulate, x, shift, scale, self.smooth_attn, self.eps), rope_LP, selection
-        )
-        x = lift(fn.gated_residual, x, h, gate)
-
-        h = lift(fn.affine_norm, x, self.norm3.weight, self.norm3.bias, self.eps)
-        x = add(x, self.cross_attn(h, context_BSD, clip_BSD))
-
-        h = linear(self.ffn[0], lift(fn.norm_modulate, x, ffn_shift, ffn_scale, self.smooth_ffn, self.eps))
-        h = linear(self.ffn[2], lift(fn.gelu_tanh, h))
-        return lift(fn.gated_residual, x, h, ffn_gate), selection
+        h = norm(x, norm1, readers=(attn.q, attn.k, attn.v))
+        h, selection = attn(h, rope_2LP, selection)
+        x, h = residual_norm(x, h, gate, norm3, readers=(cross.q,))
+        h = cross(h, context_BSD, clip_BSD)
+        x, h = residual_norm(x, h, None, norm2, readers=(ffn[0],))
+        h = gelu_linear(ffn[2], linear(ffn[0], h))
+        return residual(x, h, ffn_gate), selection
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -187,7 +199,7 @@ class Head(nn.Module):
     def forward(self, x: Dual, time: Dual) -> Dual:
         """x (B, L, D), time embedding (B, M, D) -> patches (B, L, patch * C)."""
         shift, scale = (Dual(m + time.x, time.t) for m in wide(self.modulation).unbind(1))
-        return linear(self.head, lift(fn.norm_modulate, lift(wide, x), shift, scale, None, self.eps))
+        return linear(self.head, norm(lift(wide, x), Norm(shift, scale, self.eps), readers=(self.head,)))
 
 
 class WanTransformer(nn.Module):
@@ -285,7 +297,7 @@ class WanTransformer(nn.Module):
 
         latent = cast(Dual(x_BCTHW, tx), self.dtype)
         x = linear(self.patch_embedding, lift(self._patches, latent, y_BCTHW, order_L))
-        rope_LP = rope_table(grid, self.config.head_dim, block, x_BCTHW.device, wide(x.x).dtype)
+        rope_2LP = rope_table(grid, self.config.head_dim, block, x_BCTHW.device, wide(x.x).dtype)
 
         time, modulation = self._time(timestep, ttimestep, order_L, wide(x.x).dtype)
         context_BSD = self.text_embedding[2](fn.gelu_tanh(self.text_embedding[0](context_BLD.to(self.dtype))))
@@ -293,7 +305,7 @@ class WanTransformer(nn.Module):
 
         chosen: list[BlockMask | None] = []
         for layer, given in zip(self.blocks, selection or [None] * len(self.blocks)):
-            x, mask = layer(x, modulation, context_BSD, clip_BSD, rope_LP, given)
+            x, mask = layer(x, modulation, context_BSD, clip_BSD, rope_2LP, given)
             chosen.append(mask)
 
         v = lift(self._unpatch, self.head(x, time), grid, block)
@@ -319,8 +331,8 @@ class WanTransformer(nn.Module):
 
     def _time(
         self, timestep: Tensor, ttimestep: Tensor | None, order_L: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Dual, list[Dual]]:
-        """Time embedding (B, M, D) for the head, and the blocks' six modulation vectors (B, M, D) of it."""
+    ) -> tuple[Dual, Dual]:
+        """Time embedding (B, M, D) for the head, and the blocks' six modulation vectors (B, M, 6, D) of it."""
 
         def code(timestep_BM: Tensor) -> Tensor:
             return fn.time_code(timestep_BM, self.config.freq_dim).to(dtype)
@@ -333,16 +345,4 @@ class WanTransformer(nn.Module):
         hidden = lift(nn.functional.silu, linear(self.time_embedding[0], lift(code, times)))
         time = linear(self.time_embedding[2], hidden)
         projected = linear(self.time_projection[1], lift(nn.functional.silu, time))
-        values = projected.x.unflatten(-1, (6, -1)).unbind(2)
-        slopes = [None] * 6 if projected.t is None else projected.t.unflatten(-1, (6, -1)).unbind(2)
-        return time, [Dual(value, slope) for value, slope in zip(values, slopes)]
-
-
-def _split_heads(x: Dual, num_heads: int) -> Dual:
-    """(B, L, N * H) -> (B, L, N, H)."""
-    return Dual(x.x.unflatten(-1, (num_heads, -1)), None if x.t is None else x.t.unflatten(-1, (num_heads, -1)))
-
-
-def _merge_heads(x: Dual) -> Dual:
-    """(B, L, N, H) -> (B, L, N * H)."""
-    return Dual(x.x.flatten(2), None if x.t is None else x.t.flatten(2))
+        return time, split_heads(projected, 6)
