@@ -19,12 +19,15 @@ from typing import Any
 from turbotrain.checkpoint import layouts
 from turbotrain.checkpoint.header import CheckpointProblem, Glimpse, check_checkpoint, inspect_checkpoint
 from turbotrain.compose import UsageError, compose, reject
+from turbotrain.model.attention_config import KINDS
 from turbotrain.model.variants import VARIANTS, Variant, variants_with
 
 MODES = ("generate", "evaluate", "benchmark")
 SAMPLINGS = ("turbo", "teacher")
 SOLVERS = ("unipc", "euler")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("checkpoint", "random")
+SCHEMES = ("none", "int8_channel", "int8_block128", "fp8_channel")
 OUTPUT_SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 # Free text: taken as typed, so that commas and quotes in a prompt need no escaping.
 TEXT_FIELDS = ("checkpoint", "prompt", "prompts", "negative_prompt", "image", "output", "teacher")
@@ -61,6 +64,9 @@ class InferConfig:
     batch_size: int = _help(1, "videos sampled together")
     device: str = _help("auto", "auto | cpu | cuda | cuda:N")
     dtype: str = _help("auto", "auto | float32 | bfloat16 | float16")
+    attention_kind: str = _help(
+        "auto", "auto (what the checkpoint says) | sla | sage_sla (8-bit attention, equal weights)"
+    )
     variant: str | None = _help(None, "for files of other projects, which do not name it")
     vae: str | None = _help(None, "VAE folder or hub id, where the checkpoint names none")
     text_encoder: str | None = _help(None, "text encoder folder or hub id, where the checkpoint names none")
@@ -70,6 +76,8 @@ class InferConfig:
     teacher_steps: int | None = _help(None, "evaluate: steps of that teacher; default: the variant's own")
     repeats: int = _help(5, "benchmark: timed repeats, of which the median is reported")
     warmup: int = _help(1, "benchmark: untimed repeats before them")
+    weights: str = _help("checkpoint", "benchmark: checkpoint | random (one network step of variant, without files)")
+    scheme: str = _help("none", "benchmark weights=random: none | int8_channel | int8_block128 | fp8_channel")
     json: str = _help("", "evaluate, benchmark: also write the result to this JSON file")
     debug: bool = _help(False, "show tracebacks")
 
@@ -80,7 +88,7 @@ class Request:
 
     config: InferConfig
     prompts: list[str]
-    glimpse: Glimpse
+    glimpse: Glimpse | None  # None: random weights
     variant: Variant | None
 
 
@@ -130,7 +138,14 @@ def check(config: InferConfig) -> Request:
     _choice("sampling", config.sampling, SAMPLINGS)
     _choice("solver", config.solver, SOLVERS)
     _choice("dtype", config.dtype, DTYPES)
+    _choice("weights", config.weights, WEIGHTS)
+    _choice("scheme", config.scheme, SCHEMES)
+    _choice("attention_kind", config.attention_kind, ("auto", *KINDS))
     _check_numbers(config)
+    if config.weights == "random":
+        return _check_random(config)
+    if config.scheme != "none":
+        reject("scheme", config.scheme, "is for weights=random; a checkpoint is quantised by train.py stage=quantize")
     prompts = _read_prompts(config)
     if not config.checkpoint:
         raise UsageError("checkpoint: missing; say checkpoint=PATH, a folder or file that training or conversion wrote")
@@ -140,12 +155,40 @@ def check(config: InferConfig) -> Request:
     if config.teacher:
         _look("teacher", config.teacher, None)
     variant = _check_variant(config, glimpse)
+    _check_attention(config, glimpse)
     _check_sigma_max(config, glimpse)
     _check_size(config, variant)
     _check_image(config, variant)
     _check_device(config.device)
     _check_output(config)
     return Request(config, prompts, glimpse, variant)
+
+
+def _check_random(config: InferConfig) -> Request:
+    """What weights=random needs: a variant to build, and nothing to read."""
+    if config.mode != "benchmark":
+        reject("weights", config.weights, f"is for mode=benchmark, and this is mode={config.mode}")
+    for name in ("checkpoint", "prompt", "prompts"):
+        if getattr(config, name):
+            reject(name, getattr(config, name), "weights=random reads nothing; leave it out")
+    if config.variant is None:
+        raise UsageError(f"variant: missing; weights=random needs one of {', '.join(VARIANTS)}")
+    _choice("variant", config.variant, tuple(VARIANTS))
+    variant = VARIANTS[config.variant]
+    _check_size(config, variant)
+    _check_device(config.device)
+    _check_output(config)
+    return Request(config, [], None, variant)
+
+
+def _check_attention(config: InferConfig, glimpse: Glimpse) -> None:
+    if config.attention_kind == "dense":
+        reject(
+            "attention_kind", config.attention_kind, "is for weights=random; a checkpoint takes auto, sla or sage_sla"
+        )
+    trained = ((glimpse.metadata or {}).get("attention") or {}).get("kind")
+    if config.attention_kind != "auto" and trained == "dense":
+        reject("attention_kind", config.attention_kind, "the checkpoint was trained with dense attention; leave it out")
 
 
 def _check_numbers(config: InferConfig) -> None:

@@ -44,6 +44,9 @@ def run(request: Request) -> None:
     """Loads the checkpoint and does what `mode` says."""
     if not request.config.debug:
         _quiet_libraries()
+    if request.config.weights == "random":
+        _benchmark_forward(request)
+        return
     pipe = _load(request.config)
     {"generate": _generate, "evaluate": _evaluate, "benchmark": _benchmark}[request.config.mode](request, pipe)
 
@@ -72,6 +75,7 @@ def _load(config: InferConfig) -> TurboPipeline:
         components={
             name: value for name in ("vae", "text_encoder", "tokenizer") if (value := getattr(config, name)) is not None
         },
+        attention_kind=None if config.attention_kind == "auto" else config.attention_kind,
     )
     _say(f"loaded {pipe.variant.name} from {config.checkpoint} on {pipe.device} in {time.perf_counter() - start:.1f} s")
     return pipe
@@ -179,6 +183,35 @@ def _benchmark(request: Request, pipe: TurboPipeline) -> None:
         **given,
     )
     print_benchmark(result)
+    if config.json:
+        write_bytes(config.json, _json(result))
+        _say(config.json)
+
+
+def _benchmark_forward(request: Request) -> None:
+    import torch
+
+    from turbotrain.evaluation.forward import benchmark_forward, print_forward
+    from turbotrain.evaluation.video import write_bytes
+    from turbotrain.pipeline import resolve_device
+
+    config, variant = request.config, request.variant
+    assert variant is not None  # weights=random requires it
+    result = benchmark_forward(
+        variant,
+        variant.latent_shape(
+            config.frames or variant.frames, config.height or variant.height, config.width or variant.width
+        ),
+        attention_kind="dense" if config.attention_kind == "auto" else config.attention_kind,
+        scheme=None if config.scheme == "none" else config.scheme,
+        device=resolve_device(config.device),
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        batch_size=config.batch_size,
+        repeats=config.repeats,
+        warmup=config.warmup,
+        seed=config.seed,
+    )
+    print_forward(result)
     if config.json:
         write_bytes(config.json, _json(result))
         _say(config.json)

@@ -38,6 +38,7 @@ from turbotrain.diffusion.samplers import (
     seeded_generators,
 )
 from turbotrain.diffusion.velocity import Velocity, bind
+from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant
 
 Callback = Callable[[int, int], None]  # (step just done, steps in all)
@@ -110,6 +111,7 @@ class TurboPipeline:
         *,
         variant: str | None = None,
         components: dict[str, str] | None = None,
+        attention_kind: str | None = None,
     ) -> TurboPipeline:
         """Loads a Turbo checkpoint with the components that its metadata names.
 
@@ -119,10 +121,11 @@ class TurboPipeline:
             dtype: of the network; None: float32 on the CPU, the checkpoint's own (bfloat16 where it says nothing) on cuda; int8
                 layers stay int8 unless a dtype is given.
             variant: for files of other projects, whose metadata does not say; must agree with metadata that does.
+            attention_kind: `sla` or `sage_sla` (8-bit attention) for a checkpoint of either; None: what it says.
             components: `vae`, `text_encoder`, `tokenizer`: paths or hub ids that replace or complete the metadata's.
 
         Raises:
-            ValueError: a component is missing or of other dimensions, the variant is unknown, no such device.
+            ValueError: a component is missing or of other dimensions, the variant is unknown, no such device, dense attention.
         """
         path = Path(path).expanduser()
         place = resolve_device(device)
@@ -134,8 +137,15 @@ class TurboPipeline:
         name = variant or meta.variant
         if name not in VARIANTS:
             raise ValueError(f"variant={name!r}: unknown for {path}; say variant= one of {', '.join(VARIANTS)}")
+        if attention_kind is not None and not all(
+            AttentionConfig.from_dict(part.attention).is_sparse for part in metas
+        ):
+            raise ValueError(
+                f"attention_kind={attention_kind!r}: {path} was trained with dense attention; leave it out"
+            )
+        attention = None if attention_kind is None else {"kind": attention_kind}
         experts = [
-            load_transformer(folder, device=str(place), dtype=_network_dtype(dtype, part, place))
+            load_transformer(folder, str(place), _network_dtype(dtype, part, place), attention)
             for folder, part in zip(folders, metas)
         ]
         parts = {**meta.components, **{key: value for key, value in (components or {}).items() if value}}

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from tiny import write_checkpoint
 
 from turbotrain.compose import UsageError, compose, configs_folder
 from turbotrain.infer_config import InferConfig, load_request, prepare, probe_writable
@@ -79,6 +80,37 @@ def test_teacher_sampling_takes_more_steps(checkpoint: Path) -> None:
         load_request([*good, "steps=1001"])
     with pytest.raises(UsageError, match="ode=True: is for sampling=turbo"):
         load_request([*good, "ode=true"])
+
+
+def test_attention_in_8_bits_is_for_checkpoints_with_sla(checkpoint: Path, tmp_path: Path) -> None:
+    assert load_request([f"checkpoint={checkpoint}", "prompt=x", "attention_kind=sage_sla"]).config
+    with pytest.raises(UsageError, match="attention_kind='dense': is for weights=random"):
+        load_request([f"checkpoint={checkpoint}", "prompt=x", "attention_kind=dense"])
+    dense = write_checkpoint(tmp_path / "dense", "dense")
+    with pytest.raises(UsageError, match="attention_kind='sage_sla': the checkpoint was trained with dense attention"):
+        load_request([f"checkpoint={dense}", "prompt=x", "attention_kind=sage_sla"])
+
+
+RANDOM = ["mode=benchmark", "weights=random", "variant=shapes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["weights=random", "variant=shapes"], "weights='random': is for mode=benchmark, and this is mode=generate"),
+        (["mode=benchmark", "weights=random"], "variant: missing; weights=random needs one of wan2.1_t2v_1.3b"),
+        ([*RANDOM, "prompt=x"], "prompt='x': weights=random reads nothing; leave it out"),
+        ([*RANDOM, "scheme=int4"], "scheme='int4': choose one of none, int8_channel"),
+        ([*RANDOM, "attention_kind=linear"], "attention_kind='linear': choose one of auto, dense, sla, sage_sla"),
+        ([*RANDOM, "frames=12"], "frames=12: must be 4n"),
+        (["prompt=x", "scheme=int8_channel"], "scheme='int8_channel': is for weights=random"),
+        (["prompt=x", "weights=none"], "weights='none': choose one of checkpoint, random"),
+    ],
+)
+def test_random_weights_are_for_a_clock(arguments: list[str], message: str) -> None:
+    assert load_request(RANDOM).variant
+    with pytest.raises(UsageError, match=message):
+        load_request(arguments)
 
 
 def test_a_full_disk_is_noticed_before_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

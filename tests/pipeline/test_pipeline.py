@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import LATENT, random_network, write_components
+from tiny import LATENT, random_network, write_checkpoint, write_components
 
 from turbotrain.checkpoint import CheckpointMeta, save_checkpoint
 from turbotrain.diffusion.guidance import guided, switch_experts
@@ -49,6 +49,18 @@ def test_a_batch_equals_single_videos(pipe: TurboPipeline, mode: str) -> None:
         for result in (together, chunked):
             assert torch.allclose(result.latents[index], alone.latents[0], atol=1e-4, rtol=0)
             assert np.abs(result.frames[index].astype(int) - alone.frames.astype(int)).max() <= 1
+
+
+def test_attention_in_8_bits_samples_nearly_the_same(checkpoint: Path, pipe: TurboPipeline, tmp_path: Path) -> None:
+    in_8_bits = TurboPipeline.from_checkpoint(checkpoint, device="cpu", attention_kind="sage_sla")
+    assert [getattr(expert.attention_config, "kind", None) for expert in in_8_bits.experts] == ["sage_sla"]
+    exact, got = (which(PROMPTS[0], steps=1).latents for which in (pipe, in_8_bits))
+    assert 0 < (got - exact).norm() < 0.1 * exact.norm()
+    dense = write_checkpoint(tmp_path / "dense", "dense")
+    with pytest.raises(
+        ValueError, match=r"attention_kind='sage_sla': .* was trained with dense attention; leave it out"
+    ):
+        TurboPipeline.from_checkpoint(dense, device="cpu", attention_kind="sage_sla")
 
 
 def test_videos_depend_on_seed_and_prompt(pipe: TurboPipeline) -> None:
