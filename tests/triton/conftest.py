@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "kernels"))  # the brute-force oracles are shared
+for folder in ("kernels", "model"):  # the brute-force oracles and the small networks are shared
+    sys.path.insert(0, str(HERE.parent / folder))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
