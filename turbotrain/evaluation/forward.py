@@ -23,7 +23,7 @@ CLIP_TOKENS = 257
 BLOCKS = (128, 64)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def benchmark_forward(
     variant: Variant,
     latent_shape: tuple[int, int, int, int],
