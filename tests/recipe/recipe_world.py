@@ -80,6 +80,7 @@ def arguments(world: World, output: Path, *more: str) -> list[str]:
         "sampler.times=[1.5,1.4,1.0]",
         *(f"{optim}.{setting}" for optim in OPTIMIZERS for setting in ("lr=5e-4", "warmup_steps=2", "decay=cosine")),
         "rcm.loss_scale=100",
+        "rcm.tangent_form=rcm",
         f"sla.steps={SLA_STEPS}",
         "sla.batch_size=2",
         "sla.save_every=1",
