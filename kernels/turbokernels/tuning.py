@@ -5,6 +5,8 @@
 2. the user's cache, `$XDG_CACHE_HOME/turbokernels/triton-<version>/<gpu>.json` (`~/.cache` by default), filled by 3;
 3. with TURBOKERNELS_AUTOTUNE=1, a timed search over the op's candidates (at most about 0.1 s each, plus compilation);
 4. the op's first candidate, which its author orders by expectation.
+Keys hold no lengths, so a search decides on the operands of the first call: let that be one of the size that matters.
+`without_search` keeps small operands, such as a check's, from deciding.
 Table and cache have one format, so that a cache file tuned on a GPU can be shipped as its table:
 {"gpu": name, "entries": {op: {key: {"num_warps": .., "num_stages": .., "blocks": {..}}}}}.
 An entry counts only while it is one of the candidates. A choice that this GPU cannot launch is an error that names the
@@ -13,13 +15,14 @@ remedy, never a silent change of tiles.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -109,7 +112,7 @@ def best(
     launch, source = _known(gpu, op, name, candidates), "table or cache"
     # While a graph is traced or captured the operands are not real, or nothing may be timed: choose, but remember
     # nothing, so that the first eager call still searches.
-    if _is_tracing():
+    if _is_tracing() or not _may_search:
         return launch or candidates[0]
     if launch is None and os.environ.get(AUTOTUNE_VARIABLE, "0") == "1":
         launch, source = _search(op, name, candidates, run, device), "search"
@@ -125,6 +128,20 @@ def best(
 
 
 _chosen: dict[tuple[str, str, str], Launch] = {}  # one entry per GPU model, op and key: answers of this process
+
+
+_may_search = True  # of the process: backward passes run in threads of their own
+
+
+@contextlib.contextmanager
+def without_search() -> Iterator[None]:
+    """Calls within take what is known, else the first candidate, and leave the choice open for calls outside."""
+    global _may_search
+    before, _may_search = _may_search, False
+    try:
+        yield
+    finally:
+        _may_search = before
 
 
 def choices() -> dict[tuple[str, str, str], Launch]:

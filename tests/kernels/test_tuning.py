@@ -130,6 +130,14 @@ def test_a_traced_graph_neither_searches_nor_remembers(monkeypatch: pytest.Monke
     assert best("op", KEY, CANDIDATES, run, GPU) == MIDDLE
 
 
+def test_small_operands_may_be_kept_from_deciding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tuning.AUTOTUNE_VARIABLE, "1")
+    with tuning.without_search():
+        assert best("op", KEY, CANDIDATES, run, GPU) == LARGE
+    assert launched == []
+    assert best("op", KEY, CANDIDATES, run, GPU) == MIDDLE
+
+
 def test_too_many_candidates() -> None:
     with pytest.raises(ValueError, match="9 launch candidates"):
         best("op", KEY, [SMALL] * 9, run, GPU)
