@@ -20,6 +20,11 @@ def test_transposed(case: tuple[int, int, int, int, float]) -> None:
     cases.check_transposed(case, "cuda")
 
 
+@pytest.mark.parametrize("n_blocks", cases.ROW_LENGTHS)
+def test_row_lengths(n_blocks: int) -> None:
+    cases.check_row_lengths(n_blocks, "cuda")
+
+
 @pytest.mark.parametrize("check", [cases.check_strides, cases.check_edges, cases.check_offset])
 def test_edges(check) -> None:
     check("cuda")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from kernel_oracles import strided
 from turbokernels import BlockMask, select_blocks
-from turbokernels.block_selection.kernel import transpose_lists
+from turbokernels.block_selection.kernel import keep_best, transpose_lists
 
-# length_q, length_k, block_q, block_k, topk: ragged blocks, and rows of more than one chunk of 512 blocks
+# length_q, length_k, block_q, block_k, topk: ragged blocks, and rows of more than 512 blocks
 CASES = [
     (1, 1, 16, 16, 0.1),
     (20, 63, 16, 16, 0.5),
@@ -15,6 +15,7 @@ CASES = [
     (130, 515, 128, 128, 0.4),
     (20, 8209, 16, 16, 0.3),
 ]
+ROW_LENGTHS = [1, 511, 512, 513, 2048, 4100]  # one warp's, four warps', and more than four warps hold
 
 
 def check_selection(case: tuple[int, int, int, int, float], dtype: torch.dtype, device: str) -> None:
@@ -30,6 +31,14 @@ def check_selection(case: tuple[int, int, int, int, float], dtype: torch.dtype, 
     assert (mask.kept.diff(dim=-1) > 0).all()
     same = (mask.kept.cpu() == expected.kept).all(-1)
     assert same.all() if length_k < 5000 else same.double().mean() > 0.99
+
+
+def check_row_lengths(n_blocks: int, device: str) -> None:
+    """Rows of any length against sorting, with many ties: of equals the lower index is kept."""
+    score = torch.randn(1, 2, 3, n_blocks).mul(20).round()
+    n_kept = max(1, n_blocks // 3)
+    expected = score.sort(dim=-1, descending=True, stable=True).indices[..., :n_kept].sort(-1).values
+    assert torch.equal(keep_best(score.to(device), n_kept).cpu(), expected.int())
 
 
 def check_strides(device: str) -> None:

@@ -128,7 +128,7 @@ def test_block_selection(arch: int) -> None:
         (
             "select_kernel",
             {"p_score": "*fp32", "p_kept": "*i32", "n_blocks": "i32", "n_kept": "i32"},
-            {"CHUNK": 512},
+            {"CHUNK": 512, "SINGLE": True},
             1,
         ),
         ("mark_kernel", lists | {"p_kept": "*i32", "n_kept": "i32"}, {"CHUNK": 128}, 1),

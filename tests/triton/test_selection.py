@@ -13,6 +13,11 @@ def test_selection(case: tuple[int, int, int, int, float]) -> None:
     cases.check_selection(case, torch.float16, "cpu")
 
 
+@pytest.mark.parametrize("n_blocks", cases.ROW_LENGTHS)
+def test_row_lengths(n_blocks: int) -> None:
+    cases.check_row_lengths(n_blocks, "cpu")
+
+
 @pytest.mark.parametrize("case", cases.CASES)
 def test_transposed(case: tuple[int, int, int, int, float]) -> None:
     cases.check_transposed(case, "cpu")

@@ -22,7 +22,7 @@ from torch import Tensor
 from turbokernels.attention_tiles import check_kernel_operands, program_head, strides_of
 from turbokernels.blocks import BlockMask
 
-CHUNK = 512  # entries of a row that a program holds at once
+CHUNK, LONG_CHUNK = 512, 2048  # entries of a row that a program holds at once
 CENTRE_ROWS, CENTRE_COLUMNS = 128, 16  # tile of the block means that smooth-k sums at once
 
 
@@ -72,11 +72,14 @@ def load_ranks(p_score, columns, n_blocks):
 
 
 @triton.jit(do_not_specialize=["n_blocks", "n_kept"])
-def select_kernel(p_score, p_kept, n_blocks, n_kept, CHUNK: tl.constexpr):
-    """The n_kept best of a row of n_blocks scores, ties to the lower index: their indices, ascending."""
+def select_kernel(p_score, p_kept, n_blocks, n_kept, CHUNK: tl.constexpr, SINGLE: tl.constexpr):
+    """The n_kept best of a row of n_blocks scores, ties to the lower index: their indices, ascending. SINGLE: the row
+    is at most a chunk, so registers hold its ranks throughout."""
     i_row = tl.program_id(0).to(tl.int64)
     p_score += i_row * n_blocks
     p_kept += i_row * n_kept
+    end = CHUNK if SINGLE else n_blocks
+    b_ranks = load_ranks(p_score, tl.arange(0, CHUNK), n_blocks)
 
     # The rank of the last score kept is the largest that at least n_kept ranks reach: its bits, from the highest.
     last_rank = tl.full([], 0, tl.uint32)
@@ -85,21 +88,24 @@ def select_kernel(p_score, p_kept, n_blocks, n_kept, CHUNK: tl.constexpr):
         candidate = last_rank | bit
         bit = bit >> 1
         n_reached = 0
-        for first in range(0, n_blocks, CHUNK):
-            b_ranks = load_ranks(p_score, first + tl.arange(0, CHUNK), n_blocks)
+        for first in range(0, end, CHUNK):
+            if not SINGLE:
+                b_ranks = load_ranks(p_score, first + tl.arange(0, CHUNK), n_blocks)
             n_reached += tl.sum((b_ranks >= candidate).to(tl.int32), 0)
         last_rank = tl.where(n_reached >= n_kept, candidate, last_rank)
 
     n_above = 0
-    for first in range(0, n_blocks, CHUNK):
-        b_ranks = load_ranks(p_score, first + tl.arange(0, CHUNK), n_blocks)
+    for first in range(0, end, CHUNK):
+        if not SINGLE:
+            b_ranks = load_ranks(p_score, first + tl.arange(0, CHUNK), n_blocks)
         n_above += tl.sum((b_ranks > last_rank).to(tl.int32), 0)
     n_ties = n_kept - n_above  # of those that tie for the last place, the first ones are kept
     n_seen = 0
     n_written = 0
-    for first in range(0, n_blocks, CHUNK):
+    for first in range(0, end, CHUNK):
         columns = first + tl.arange(0, CHUNK)
-        b_ranks = load_ranks(p_score, columns, n_blocks)
+        if not SINGLE:
+            b_ranks = load_ranks(p_score, columns, n_blocks)
         m_tie = (b_ranks == last_rank) & (columns < n_blocks)
         seen = n_seen + tl.cumsum(m_tie.to(tl.int32), 0)
         m_kept = (b_ranks > last_rank) | (m_tie & (seen <= n_ties))
@@ -144,6 +150,18 @@ def block_means(x: Tensor, block: int) -> Tensor:
     return means
 
 
+def keep_best(score_BNIJ: Tensor, n_kept: int) -> Tensor:
+    """Indices (B, N, I, M) of the n_kept best scores of each row of contiguous float32 scores, ascending."""
+    *rows, n_blocks = score_BNIJ.shape
+    kept = torch.empty(*rows, n_kept, dtype=torch.int32, device=score_BNIJ.device)
+    # Sixteen scores per thread. Up to CHUNK blocks one warp has a row, so that its sums need no barrier.
+    chunk, warps = (CHUNK, 1) if n_blocks <= CHUNK else (LONG_CHUNK, 4)
+    select_kernel[(math.prod(rows),)](
+        score_BNIJ, kept, n_blocks, n_kept, CHUNK=chunk, SINGLE=n_blocks <= chunk, num_warps=warps
+    )
+    return kept
+
+
 @torch.library.custom_op("turbokernels::select_blocks", mutates_args=())
 def _select(q: Tensor, k: Tensor, n_kept: int, block_q: int, block_k: int) -> Tensor:
     batch, length_k, heads, dim = k.shape
@@ -154,10 +172,7 @@ def _select(q: Tensor, k: Tensor, n_kept: int, block_q: int, block_k: int) -> Te
     )
     with torch.autocast(q.device.type, enabled=False):  # rounded scores would tie and flip between neighbours
         score_BNIJ = q_BNID @ k_BNJD.mT
-    kept = torch.empty(*score_BNIJ.shape[:3], n_kept, dtype=torch.int32, device=q.device)
-    # One warp per row: its sums need no barrier, and many rows share a multiprocessor.
-    select_kernel[(kept.shape[:3].numel(),)](score_BNIJ, kept, n_blocks, n_kept, CHUNK=CHUNK, num_warps=1)
-    return kept
+    return keep_best(score_BNIJ, n_kept)
 
 
 @_select.register_fake
