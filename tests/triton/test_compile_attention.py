@@ -120,7 +120,8 @@ def test_other_gpus(arch: int) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_block_selection(arch: int) -> None:
-    heads = {f"stride_{axis}": "i32" for axis in "bln"} | {"p_x": "*bf16", "p_mean": "*fp32", "length": "i32"}
+    operand = {"p_x": "*bf16", "p_mean": "*fp32"} | {f"stride_{axis}": "i32" for axis in "bln"}
+    heads = operand | {"heads": "i32", "length": "i32"}
     lists = {"n_q_blocks": "i32", "n_k_blocks": "i32", "p_marks": "*i8"}
     asked = [
         ("mean_kernel", heads, {"BLOCK": 128, "D": 128}, 4),

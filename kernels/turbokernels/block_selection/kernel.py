@@ -5,8 +5,8 @@ that of the means, and the best blocks of a row are found by searching for the s
 so that nothing is sorted and lists come out ascending.
 
 Shape suffixes: B batch, L tokens, N heads, D head dim, I query blocks, J key blocks, M kept key blocks per query block.
-In kernels: `p_` pointers, `b_` blocks of values, `i_` program ids, `m_` masks; programs are (blocks or rows, heads,
-samples), or one per row of all samples and heads.
+In kernels: `p_` pointers, `b_` blocks of values, `i_` program ids, `m_` masks; programs are one per row of all samples
+and heads, unless a kernel says otherwise.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
@@ -26,17 +26,19 @@ CHUNK, LONG_CHUNK = 512, 2048  # entries of a row that a program holds at once
 CENTRE_ROWS, CENTRE_COLUMNS = 128, 16  # tile of the block means that smooth-k sums at once
 
 
-@triton.jit(do_not_specialize=["length"])
-def mean_kernel(p_x, p_mean, stride_b, stride_l, stride_n, length, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Mean [D] of one block of tokens, over those that exist, in float32: (B, N, blocks, D)."""
-    i_row = tl.program_id(0) * BLOCK
-    start = tl.program_id(2).to(tl.int64) * stride_b + tl.program_id(1).to(tl.int64) * stride_n
+@triton.jit(do_not_specialize=["heads", "length"])
+def mean_kernel(p_x, p_mean, stride_b, stride_l, stride_n, heads, length, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Mean [D] of one block of tokens, over those that exist, in float32: (B, N, blocks, D). Programs are (heads and
+    blocks, samples), heads fastest: neighbours read what lies side by side in memory."""
+    i_head, i_block, n_blocks = tl.program_id(0) % heads, tl.program_id(0) // heads, tl.num_programs(0) // heads
+    i_row = i_block * BLOCK
+    start = tl.program_id(1).to(tl.int64) * stride_b + i_head.to(tl.int64) * stride_n
     rows = tl.arange(0, BLOCK)
     offsets = rows[:, None] * stride_l + tl.arange(0, D)[None, :]
     m_rows = i_row + rows[:, None] < length
     b_x = tl.load(p_x + (start + i_row.to(tl.int64) * stride_l) + offsets, mask=m_rows, other=0.0)
     b_mean = tl.sum(b_x.to(tl.float32), 0) / tl.minimum(length - i_row, BLOCK)
-    p_mean += (program_head() * tl.num_programs(0) + tl.program_id(0)) * D
+    p_mean += ((tl.program_id(1).to(tl.int64) * heads + i_head) * n_blocks + i_block) * D
     tl.store(p_mean + tl.arange(0, D), b_mean)
 
 
@@ -44,8 +46,8 @@ def mean_kernel(p_x, p_mean, stride_b, stride_l, stride_n, length, BLOCK: tl.con
 def centre_kernel(
     p_mean, length, n_blocks, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Subtract from block means (B, N, J, D), in place, the mean over all tokens, COLUMNS of D at a time. Means that are
-    not finite do not count, so that they stay the only ones that are not."""
+    """Subtract from block means (B, N, J, D), in place, the mean over all tokens. Means that are not finite do not
+    count, so that they stay the only ones that are not. Programs are (parts of COLUMNS channels, heads, samples)."""
     p_mean += program_head() * n_blocks * D + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b_sum = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, n_blocks, ROWS):
@@ -146,7 +148,7 @@ def block_means(x: Tensor, block: int) -> Tensor:
     batch, length, heads, dim = x.shape
     n_blocks = triton.cdiv(length, block)
     means = torch.empty(batch, heads, n_blocks, dim, dtype=torch.float32, device=x.device)
-    mean_kernel[(n_blocks, heads, batch)](x, means, *strides_of(x), length, BLOCK=block, D=dim, num_warps=4)
+    mean_kernel[(n_blocks * heads, batch)](x, means, *strides_of(x), heads, length, BLOCK=block, D=dim, num_warps=4)
     return means
 
 
