@@ -61,10 +61,10 @@ def load_state(p_state, D: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def store_partial(p_partial, b_s, b_z, D: tl.constexpr):
-    """Write S [D, D] and z [D] of one program."""
+def store_partial(p_partial, b_st, b_z, D: tl.constexpr):
+    """Write S [D, D], given transposed, and z [D] of one program."""
     i_d = tl.arange(0, D)
-    tl.store(p_partial + i_d[:, None] * D + i_d[None, :], b_s)
+    tl.store(p_partial + i_d[:, None] * D + i_d[None, :], tl.trans(b_st))
     tl.store(p_partial + D * D + i_d, b_z)
 
 
@@ -107,11 +107,12 @@ def state_kernel(
     if TANGENT:
         p_tk += head_offset(i_g, heads, stride_tkb, stride_tkn)
         p_tv += head_offset(i_g, heads, stride_tvb, stride_tvn)
-        b_ts = tl.zeros((D, D), tl.float32)
-        b_tz = tl.zeros((D,), tl.float32)
+        b_tst = tl.zeros((D, D), tl.float32)
+        b_tphis = tl.zeros((BLOCK, D), tl.float32)
     i_d = tl.arange(0, D)
-    b_s = tl.zeros((D, D), tl.float32)
-    b_z = tl.zeros((D,), tl.float32)
+    # S^T = v^T phi: phi comes from registers, and a product takes those as its right operand without transposing them.
+    b_st = tl.zeros((D, D), tl.float32)
+    b_phis = tl.zeros((BLOCK, D), tl.float32)  # summed over tokens once, at the end
 
     first = i_program * tiles_per_program
     # The mask of the last tile stays in the loop: memory is the limit here, and it costs no traffic.
@@ -125,19 +126,19 @@ def state_kernel(
             b_tk = tl.load(p_tk + i_t[:, None] * stride_tkl + i_d[None, :], mask=m_t, other=0.0).to(tl.float32)
             b_tv = tl.load(p_tv + i_t[:, None] * stride_tvl + i_d[None, :], mask=m_t, other=0.0)
             b_tphi = apply_jacobian(b_phi, b_tk, FEATURE_MAP).to(b_v.dtype)
-            b_tz += tl.sum(b_tphi.to(tl.float32), 0)
-            b_ts = tl.dot(tl.trans(b_tphi), b_v, b_ts, input_precision="ieee")
+            b_tphis += b_tphi.to(tl.float32)
+            b_tst = tl.dot(tl.trans(b_v), b_tphi, b_tst, input_precision="ieee")
         b_phi = b_phi.to(b_v.dtype)
         # z sums what the product sums, rounded alike: o stays an average of v.
-        b_z += tl.sum(b_phi.to(tl.float32), 0)
-        b_s = tl.dot(tl.trans(b_phi), b_v, b_s, input_precision="ieee")
+        b_phis += b_phi.to(tl.float32)
+        b_st = tl.dot(tl.trans(b_v), b_phi, b_st, input_precision="ieee")
         if TANGENT:
-            b_ts = tl.dot(tl.trans(b_phi), b_tv, b_ts, input_precision="ieee")
+            b_tst = tl.dot(tl.trans(b_tv), b_phi, b_tst, input_precision="ieee")
 
     i_state = (i_g.to(tl.int64) * tl.num_programs(0) + i_program) * (2 if TANGENT else 1)
-    store_partial(p_partial + i_state * (D + 1) * D, b_s, b_z, D)
+    store_partial(p_partial + i_state * (D + 1) * D, b_st, tl.sum(b_phis, 0), D)
     if TANGENT:
-        store_partial(p_partial + (i_state + 1) * (D + 1) * D, b_ts, b_tz, D)
+        store_partial(p_partial + (i_state + 1) * (D + 1) * D, b_tst, tl.sum(b_tphis, 0), D)
 
 
 @triton.jit(do_not_specialize=("length", "tiles_per_program"))
@@ -304,8 +305,8 @@ def state_gradient_kernel(
     # r phi(q) is of the order of 1 / tokens: times the largest z it keeps its bits in float16.
     b_zmax = tl.max(tl.load(p_state + i_g.to(tl.int64) * ((D + 1) * D) + D * D + i_d), 0)
     b_zmax = tl.where(b_zmax > 0.0, b_zmax, 1.0)
-    b_ds = tl.zeros((D, D), tl.float32)
-    b_dz = tl.zeros((D,), tl.float32)
+    b_dst = tl.zeros((D, D), tl.float32)
+    b_dphis = tl.zeros((BLOCK, D), tl.float32)
 
     first = i_program * tiles_per_program
     for i_tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(length, BLOCK))):
@@ -316,11 +317,11 @@ def state_gradient_kernel(
         b_weight = tl.load(p_rows + i_t, mask=m_t, other=0.0) * b_zmax  # 0: rows past the end add nothing
         b_delta = tl.load(p_rows + length + i_t, mask=m_t, other=0.0)
         b_phi = features(b_q.to(tl.float32), FEATURE_MAP) * b_weight[:, None]
-        b_dz -= tl.sum(b_phi * b_delta[:, None], 0)
-        b_ds = tl.dot(tl.trans(b_phi.to(b_q.dtype)), b_do, b_ds, input_precision="ieee")
+        b_dphis += b_phi * b_delta[:, None]
+        b_dst = tl.dot(tl.trans(b_do), b_phi.to(b_q.dtype), b_dst, input_precision="ieee")
 
     p_partial += (i_g.to(tl.int64) * tl.num_programs(0) + i_program) * ((D + 1) * D)
-    store_partial(p_partial, b_ds / b_zmax, b_dz / b_zmax, D)
+    store_partial(p_partial, b_dst / b_zmax, -tl.sum(b_dphis, 0) / b_zmax, D)
 
 
 @triton.jit(do_not_specialize=("length", "tiles_per_program"))
