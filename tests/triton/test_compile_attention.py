@@ -29,7 +29,7 @@ KERNELS: dict[str, tuple[str, Any, str, list[tuple[str, str]], dict[str, str]]] 
         forward_candidates,
         "p_q p_o",
         [("p_k", "T"), ("p_v", "T")],
-        {"p_lse": "*fp32", "p_kept": "*i32", "n_kept": "i32", "scale_log2": "fp32"},
+        {"p_lse": "*fp32", "p_kept": "*i32", "n_kept": "i32", "score_scale": "fp32"},
     ),
     "backward_q": (
         "kernel_backward:backward_q_kernel",
@@ -42,7 +42,7 @@ KERNELS: dict[str, tuple[str, Any, str, list[tuple[str, str]], dict[str, str]]] 
             "p_kept": "*i32",
             "n_kept": "i32",
             "scale": "fp32",
-            "scale_log2": "fp32",
+            "score_scale": "fp32",
         },
     ),
     "backward_kv": (
@@ -51,14 +51,14 @@ KERNELS: dict[str, tuple[str, Any, str, list[tuple[str, str]], dict[str, str]]] 
         "p_k p_v p_dk p_dv",
         [("p_q", "R"), ("p_do", "R")],
         {"p_lse": "*fp32", "p_delta": "*fp32", "p_q_blocks": "*i32", "p_offsets": "*i32", "n_pairs": "i32"}
-        | {"scale": "fp32", "scale_log2": "fp32"},
+        | {"scale": "fp32", "score_scale": "fp32"},
     ),
     "jvp": (
         "kernel_jvp:jvp_kernel",
         jvp_candidates,
         "p_q p_tq p_o p_to",
         [("p_k", "T"), ("p_v", "T"), ("p_tk", "T"), ("p_tv", "T")],
-        {"p_lse": "*fp32", "p_kept": "*i32", "n_kept": "i32", "scale": "fp32", "scale_log2": "fp32"},
+        {"p_lse": "*fp32", "p_kept": "*i32", "n_kept": "i32", "scale": "fp32", "score_scale": "fp32"},
     ),
 }
 STRIDES = {
@@ -69,11 +69,13 @@ STRIDES = {
 }
 
 
-def build(name: str, launch: Launch, dim: int, block_q: int, block_k: int, tma: bool, dense: bool) -> Build:
+def build(
+    name: str, launch: Launch, dim: int, block_q: int, block_k: int, tma: bool, dense: bool, dtype: str = "bf16"
+) -> Build:
     kernel, _, pointers, tiles, others = KERNELS[name]
-    types = dict.fromkeys(pointers.split(), "*bf16") | others | LENGTHS
+    types = dict.fromkeys(pointers.split(), f"*{dtype}") | others | LENGTHS
     for pointer, rows in tiles:
-        types[pointer] = f"tensordesc<bf16[1, {launch[rows]}, 1, {dim}]>" if tma else "*bf16"
+        types[pointer] = f"tensordesc<{dtype}[1, {launch[rows]}, 1, {dim}]>" if tma else f"*{dtype}"
     types |= {f"stride_{x}{axis}": "i32" for x in STRIDES[name].split() for axis in "bln"}
     constants: dict[str, Any] = {"D": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "TMA": tma, **dict(launch.blocks)}
     if name != "forward":
@@ -116,6 +118,20 @@ def test_other_gpus(arch: int) -> None:
         for name, kernel in KERNELS.items()
     ]
     check(builds, arch, spills=512)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_single_precision(arch: int) -> None:
+    """Exact exponentials, quotients and piecewise products."""
+    gpu = Gpu((arch // 10, arch % 10), SHARED_LIMIT[arch])
+    builds = [
+        build(name, kernel[1](torch.float32, 128, 64, gpu)[0], dim, 128, 64, tma=False, dense=False, dtype="fp32")
+        for name, kernel in KERNELS.items()
+        for dim in (16, 128)
+    ]
+    for result in check(builds, arch, spills=1024):
+        assert "ex2.approx" not in result.ptx
+        assert "div.full" not in result.ptx
 
 
 @pytest.mark.parametrize("arch", [80, 90])

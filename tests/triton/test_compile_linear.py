@@ -21,7 +21,7 @@ TANGENTS = {
 }
 
 
-def build(kernel: str, dim: int, block: int, warps: int, stages: int, tangent: bool) -> Build:
+def build(kernel: str, dim: int, block: int, warps: int, stages: int, tangent: bool, dtype: str = "bf16") -> Build:
     operands, strided, floats = KERNELS[kernel]
     constants: dict[str, int | float | bool | str | None] = {"FEATURE_MAP": "softmax", "D": dim, "BLOCK": block}
     more_operands, more_strided = TANGENTS.get(kernel, ((), ()))
@@ -34,7 +34,7 @@ def build(kernel: str, dim: int, block: int, warps: int, stages: int, tangent: b
     else:
         constants |= dict.fromkeys(more_operands)
         constants |= {f"stride_{name}{axis}": 0 for name in more_strided for axis in "bln"}
-    types = dict.fromkeys(operands, "*bf16") | dict.fromkeys(floats, "*fp32") | COUNTS
+    types = dict.fromkeys(operands, f"*{dtype}") | dict.fromkeys(floats, "*fp32") | COUNTS
     types |= {f"stride_{name}{axis}": "i32" for name in strided for axis in "bln"}
     return Build(MODULE + kernel, types, constants, warps, stages)
 
@@ -48,3 +48,14 @@ def test_kernels_compile(arch: int, stages: int) -> None:
         if arch == 90:
             assert compiled.spills == 0, (kernel, tangent, compiled.spills)
         assert compiled.matrix_instructions, kernel
+
+
+@pytest.mark.parametrize("dim", [16, 128])
+def test_single_precision(dim: int) -> None:
+    """Exact exponentials and quotients, float64 row sums, piecewise products; its one launch."""
+    cases = [(kernel, kernel in TANGENTS) for kernel in KERNELS]
+    builds = [build(kernel, dim, 32, 8, 1, tangent, dtype="fp32") for kernel, tangent in cases]
+    for case, compiled in zip(cases, compile_all(builds, 90)):
+        assert compiled.shared <= SHARED_LIMIT[90], (case, compiled.shared)
+        assert "ex2.approx" not in compiled.ptx, case
+        assert "div.full" not in compiled.ptx, case

@@ -10,7 +10,9 @@ is the limit (S1, one head dim of 128: 2 tensors in the state pass, 2 to 3 in th
     key gradient     dk, dv from dS, dz
 
 A projection P of the output acts on each row, so it is folded into the state: (phi(q) S) P^T = phi(q) (S P^T). States are
-float32; where they enter a matrix product they are scaled by their largest entry, so that float16 cannot overflow.
+float32; where they enter a matrix product in 16 bits they are scaled by their largest entry, so that float16 cannot
+overflow. Of float32 operands (EXACT), exponentials and quotients are exact and the row sums that whole rows depend on
+(phi(q) . z and do . o) are in float64: with few tokens gradients are differences of nearly equal terms.
 
 Shape suffixes: G batch * heads, D head dim (of keys and of values); blocks: [T, D] tokens by channels.
 """
@@ -20,18 +22,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from turbokernels.attention_tiles import dot_rows, exp_exact
+
 LOG2E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(1e-5)
 
 
 @triton.jit
-def features(b_x, FEATURE_MAP: tl.constexpr):
+def features(b_x, FEATURE_MAP: tl.constexpr, EXACT: tl.constexpr):
     """phi of float32 rows [T, D]: softmax over D, elu + 1, or relu. NaN stays NaN."""
     if FEATURE_MAP == "softmax":
-        b_phi = tl.exp2((b_x - tl.max(b_x, 1)[:, None]) * LOG2E)
-        b_phi *= (1.0 / tl.sum(b_phi, 1))[:, None]
+        b_x -= tl.max(b_x, 1)[:, None]
+        if EXACT:
+            b_phi = exp_exact(b_x)
+            b_phi = tl.div_rn(b_phi, tl.sum(b_phi, 1)[:, None])
+        else:
+            b_phi = tl.exp2(b_x * LOG2E)
+            b_phi *= (1.0 / tl.sum(b_phi, 1))[:, None]
     elif FEATURE_MAP == "elu":
-        b_phi = tl.where(b_x > 0.0, b_x + 1.0, tl.exp2(b_x * LOG2E))
+        b_phi = tl.where(b_x > 0.0, b_x + 1.0, exp_exact(b_x) if EXACT else tl.exp2(b_x * LOG2E))
     else:
         b_phi = tl.where(b_x < 0.0, 0.0, b_x)
     return b_phi
@@ -52,12 +61,45 @@ def apply_jacobian(b_phi, b_t, FEATURE_MAP: tl.constexpr):
 
 @triton.jit
 def load_state(p_state, D: tl.constexpr, dtype: tl.constexpr):
-    """S [D, D] divided by its largest magnitude, in `dtype`; that magnitude; z [D] in float32."""
+    """S [D, D] divided by its largest magnitude, in `dtype`; that magnitude; z [D] in float32. Float32 needs no scale."""
     i_d = tl.arange(0, D)
     b_s = tl.load(p_state + i_d[:, None] * D + i_d[None, :])
-    b_scale = tl.max(tl.max(tl.abs(b_s), 1), 0)
-    b_scale = tl.where(b_scale > 0.0, b_scale, 1.0)
-    return (b_s / b_scale).to(dtype), b_scale, tl.load(p_state + D * D + i_d)
+    b_scale = 1.0
+    if dtype != tl.float32:
+        b_scale = tl.max(tl.max(tl.abs(b_s), 1), 0)
+        b_scale = tl.where(b_scale > 0.0, b_scale, 1.0)
+        b_s = (b_s / b_scale).to(dtype)
+    return b_s, b_scale, tl.load(p_state + D * D + i_d)
+
+
+@triton.jit
+def row_dots(b_x, b_y, EXACT: tl.constexpr):
+    """Sums over D of x y, [T], float32; EXACT: float64."""
+    if EXACT:
+        b_sum = tl.sum(b_x.to(tl.float64) * b_y.to(tl.float64), 1)
+    else:
+        b_sum = tl.sum(b_x * b_y, 1)
+    return b_sum
+
+
+@triton.jit
+def apply_state(b_x, b_s, b_scale, EXACT: tl.constexpr):
+    """x S [T, D] of a state from `load_state`."""
+    if EXACT:
+        b_xs = dot_rows(b_x, tl.trans(b_s), EXACT)
+    else:
+        b_xs = tl.dot(b_x, b_s, input_precision="ieee") * b_scale
+    return b_xs
+
+
+@triton.jit
+def apply_transposed(b_x, b_s, b_scale, EXACT: tl.constexpr):
+    """x S^T [T, D] of a state from `load_state`."""
+    if EXACT:
+        b_xs = dot_rows(b_x, b_s, EXACT)
+    else:
+        b_xs = tl.dot(b_x, tl.trans(b_s), input_precision="ieee") * b_scale
+    return b_xs
 
 
 @triton.jit
@@ -101,6 +143,7 @@ def state_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    EXACT: tl.constexpr = p_k.dtype.element_ty == tl.float32
     i_program, i_g = tl.program_id(0), tl.program_id(1)
     p_k += head_offset(i_g, heads, stride_kb, stride_kn)
     p_v += head_offset(i_g, heads, stride_vb, stride_vn)
@@ -121,7 +164,7 @@ def state_kernel(
         m_t = (i_t < length)[:, None]
         b_k = tl.load(p_k + i_t[:, None] * stride_kl + i_d[None, :], mask=m_t, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + i_t[:, None] * stride_vl + i_d[None, :], mask=m_t, other=0.0)
-        b_phi = tl.where(m_t, features(b_k, FEATURE_MAP), 0.0)  # [T, D]
+        b_phi = tl.where(m_t, features(b_k, FEATURE_MAP, EXACT), 0.0)  # [T, D]
         if TANGENT:
             b_tk = tl.load(p_tk + i_t[:, None] * stride_tkl + i_d[None, :], mask=m_t, other=0.0).to(tl.float32)
             b_tv = tl.load(p_tv + i_t[:, None] * stride_tvl + i_d[None, :], mask=m_t, other=0.0)
@@ -176,6 +219,7 @@ def apply_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     i_program, i_g = tl.program_id(0), tl.program_id(1)
     p_q += head_offset(i_g, heads, stride_qb, stride_qn)
     p_o += head_offset(i_g, heads, stride_ob, stride_on)
@@ -198,18 +242,27 @@ def apply_kernel(
         i_t = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
         m_t = (i_t < length)[:, None]
         b_q = tl.load(p_q + i_t[:, None] * stride_ql + i_d[None, :], mask=m_t, other=0.0)
-        b_phi = features(b_q.to(tl.float32), FEATURE_MAP)
+        b_phi = features(b_q.to(tl.float32), FEATURE_MAP, EXACT)
         if TANGENT:
             b_tq = tl.load(p_tq + i_t[:, None] * stride_tql + i_d[None, :], mask=m_t, other=0.0).to(tl.float32)
             b_tphi = apply_jacobian(b_phi, b_tq, FEATURE_MAP).to(b_q.dtype)
         b_phi = b_phi.to(b_q.dtype)
-        b_inverse = 1.0 / (tl.sum(b_phi.to(tl.float32) * b_z[None, :], 1) + EPS)  # [T]
-        b_o = tl.dot(b_phi, b_s, input_precision="ieee") * (b_scale * b_inverse)[:, None]
+        b_total = row_dots(b_phi.to(tl.float32), b_z[None, :], EXACT) + EPS  # [T]
+        if EXACT:
+            b_total = b_total.to(tl.float32)
+            b_o = tl.div_rn(apply_state(b_phi, b_s, b_scale, EXACT), b_total[:, None])
+        else:
+            b_inverse = 1.0 / b_total
+            b_o = tl.dot(b_phi, b_s, input_precision="ieee") * (b_scale * b_inverse)[:, None]
         if TANGENT:
-            b_to = tl.dot(b_tphi, b_s, input_precision="ieee") * b_scale
-            b_to += tl.dot(b_phi, b_ts, input_precision="ieee") * b_tscale
-            b_tz_T = tl.sum(b_tphi.to(tl.float32) * b_z[None, :] + b_phi.to(tl.float32) * b_tz[None, :], 1)
-            b_to = (b_to - b_o * b_tz_T[:, None]) * b_inverse[:, None]
+            b_to = apply_state(b_tphi, b_s, b_scale, EXACT)
+            b_to += apply_state(b_phi, b_ts, b_tscale, EXACT)
+            if EXACT:
+                b_tz_T = row_dots(b_tphi, b_z[None, :], EXACT) + row_dots(b_phi, b_tz[None, :], EXACT)
+                b_to = tl.div_rn(b_to - b_o * b_tz_T.to(tl.float32)[:, None], b_total[:, None])
+            else:
+                b_tz_T = tl.sum(b_tphi.to(tl.float32) * b_z[None, :] + b_phi.to(tl.float32) * b_tz[None, :], 1)
+                b_to = (b_to - b_o * b_tz_T[:, None]) * b_inverse[:, None]
         if HAS_BASE:
             p_base_T = p_base + i_t[:, None] * stride_basel + i_d[None, :]
             b_o += tl.load(p_base_T, mask=m_t, other=0.0).to(tl.float32)
@@ -250,6 +303,7 @@ def query_gradient_kernel(
 
     do . o = r phi(q) . g: neither o nor phi(q) S is needed.
     """
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     i_program, i_g = tl.program_id(0), tl.program_id(1)
     p_q += head_offset(i_g, heads, stride_qb, stride_qn)
     p_do += head_offset(i_g, heads, stride_dob, stride_don)
@@ -264,11 +318,13 @@ def query_gradient_kernel(
         m_t = i_t < length
         b_q = tl.load(p_q + i_t[:, None] * stride_ql + i_d[None, :], mask=m_t[:, None], other=0.0)
         b_do = tl.load(p_do + i_t[:, None] * stride_dol + i_d[None, :], mask=m_t[:, None], other=0.0)
-        b_phi = features(b_q.to(tl.float32), FEATURE_MAP)
+        b_phi = features(b_q.to(tl.float32), FEATURE_MAP, EXACT)
         # As the forward rounded it: r belongs to the same denominator.
-        b_inverse = 1.0 / (tl.sum(b_phi.to(b_q.dtype).to(tl.float32) * b_z[None, :], 1) + EPS)
-        b_g = tl.dot(b_do, tl.trans(b_s), input_precision="ieee") * b_scale  # [T, D]
-        b_delta = tl.sum(b_phi * b_g, 1) * b_inverse  # [T]
+        b_total = row_dots(b_phi.to(b_q.dtype).to(tl.float32), b_z[None, :], EXACT) + EPS
+        b_inverse = 1.0 / b_total
+        b_g = apply_transposed(b_do, b_s, b_scale, EXACT)  # [T, D]
+        b_delta = (row_dots(b_phi, b_g, EXACT) * b_inverse).to(tl.float32)  # [T]
+        b_inverse = b_inverse.to(tl.float32)
         b_dphi = (b_g - b_delta[:, None] * b_z[None, :]) * b_inverse[:, None]
         b_dq = apply_jacobian(b_phi, b_dphi, FEATURE_MAP)
         tl.store(p_dq + i_t[:, None] * stride_dql + i_d[None, :], b_dq.to(b_q.dtype), mask=m_t[:, None])
@@ -297,14 +353,17 @@ def state_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     """dS = sum r phi(q)^T do;  dz = -sum r (do . o) phi(q). A kernel of its own: with dq the registers would not do."""
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     i_program, i_g = tl.program_id(0), tl.program_id(1)
     p_q += head_offset(i_g, heads, stride_qb, stride_qn)
     p_do += head_offset(i_g, heads, stride_dob, stride_don)
     p_rows += i_g.to(tl.int64) * 2 * length
     i_d = tl.arange(0, D)
     # r phi(q) is of the order of 1 / tokens: times the largest z it keeps its bits in float16.
-    b_zmax = tl.max(tl.load(p_state + i_g.to(tl.int64) * ((D + 1) * D) + D * D + i_d), 0)
-    b_zmax = tl.where(b_zmax > 0.0, b_zmax, 1.0)
+    b_zmax = 1.0
+    if not EXACT:
+        b_zmax = tl.max(tl.load(p_state + i_g.to(tl.int64) * ((D + 1) * D) + D * D + i_d), 0)
+        b_zmax = tl.where(b_zmax > 0.0, b_zmax, 1.0)
     b_dst = tl.zeros((D, D), tl.float32)
     b_dphis = tl.zeros((BLOCK, D), tl.float32)
 
@@ -316,7 +375,7 @@ def state_gradient_kernel(
         b_do = tl.load(p_do + i_t[:, None] * stride_dol + i_d[None, :], mask=m_t[:, None], other=0.0)
         b_weight = tl.load(p_rows + i_t, mask=m_t, other=0.0) * b_zmax  # 0: rows past the end add nothing
         b_delta = tl.load(p_rows + length + i_t, mask=m_t, other=0.0)
-        b_phi = features(b_q.to(tl.float32), FEATURE_MAP) * b_weight[:, None]
+        b_phi = features(b_q.to(tl.float32), FEATURE_MAP, EXACT) * b_weight[:, None]
         b_dphis += b_phi * b_delta[:, None]
         b_dst = tl.dot(tl.trans(b_do), b_phi.to(b_q.dtype), b_dst, input_precision="ieee")
 
@@ -348,6 +407,7 @@ def key_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     """dv = phi(k) dS;  d phi(k) = v dS^T + dz."""
+    EXACT: tl.constexpr = p_k.dtype.element_ty == tl.float32
     i_program, i_g = tl.program_id(0), tl.program_id(1)
     p_k += head_offset(i_g, heads, stride_kb, stride_kn)
     p_v += head_offset(i_g, heads, stride_vb, stride_vn)
@@ -362,9 +422,9 @@ def key_gradient_kernel(
         m_t = (i_t < length)[:, None]
         b_k = tl.load(p_k + i_t[:, None] * stride_kl + i_d[None, :], mask=m_t, other=0.0)
         b_v = tl.load(p_v + i_t[:, None] * stride_vl + i_d[None, :], mask=m_t, other=0.0)
-        b_phi = features(b_k.to(tl.float32), FEATURE_MAP)
-        b_dv = tl.dot(b_phi.to(b_k.dtype), b_ds, input_precision="ieee") * b_scale
+        b_phi = features(b_k.to(tl.float32), FEATURE_MAP, EXACT)
+        b_dv = apply_state(b_phi.to(b_k.dtype), b_ds, b_scale, EXACT)
         tl.store(p_dv + i_t[:, None] * stride_dl + i_d[None, :], b_dv.to(b_k.dtype), mask=m_t)
-        b_dphi = tl.dot(b_v, tl.trans(b_ds), input_precision="ieee") * b_scale + b_dz[None, :]
+        b_dphi = apply_transposed(b_v, b_ds, b_scale, EXACT) + b_dz[None, :]
         b_dk = apply_jacobian(b_phi, b_dphi, FEATURE_MAP)
         tl.store(p_dk + i_t[:, None] * stride_dl + i_d[None, :], b_dk.to(b_k.dtype), mask=m_t)

@@ -19,16 +19,21 @@ from turbokernels import tuning
 from turbokernels.attention_sparse.kernel_backward import backward
 from turbokernels.attention_sparse.kernel_jvp import jvp
 from turbokernels.attention_tiles import (
-    LOG2E,
     Gpu,
     check_kernel_operands,
     describable,
+    divide,
+    dot_rows,
     gpu_of,
     load_tile,
+    lse_shape,
     mask_scores,
+    next_tile,
     online_softmax,
     operand,
     program_head,
+    score_scale,
+    store_lse,
     store_tile,
     strides_of,
 )
@@ -44,10 +49,11 @@ def forward_kernel(
     stride_kb, stride_kl, stride_kn,
     stride_vb, stride_vl, stride_vn,
     stride_ob, stride_ol, stride_on,
-    length_q, length_k, n_kept, scale_log2,
+    length_q, length_k, n_kept, score_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """o (B, Lq, N, D), and lse (B, N, Lq), log2 of the softmax's denominator, for R rows of one query block."""
+    """o (B, Lq, N, D), and lse, of `lse_shape`, for R rows of one query block."""
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     i_row = tl.program_id(0) * R
     p_list = p_kept + (program_head() * tl.cdiv(length_q, BLOCK_Q) + i_row // BLOCK_Q) * n_kept
     b_q = load_tile(p_q, stride_qb, stride_ql, stride_qn, i_row, length_q, R, D, False)
@@ -55,22 +61,18 @@ def forward_kernel(
     b_sum = tl.zeros([R], tl.float32)
     b_max = tl.full([R], float("-inf"), tl.float32)
 
-    PARTS: tl.constexpr = BLOCK_K // T
     key_block = tl.load(p_list)
-    for step in range(0, n_kept * PARTS):
-        i_key = key_block * BLOCK_K + step % PARTS * T
-        # One step ahead: the address of the next keys must not wait for memory.
-        key_block = tl.load(p_list + tl.minimum((step + 1) // PARTS, n_kept - 1))
+    for step in range(0, n_kept * (BLOCK_K // T)):
+        i_key, key_block = next_tile(p_list, key_block, step, n_kept, BLOCK_K, T, False)
         b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, TMA)
         b_v = load_tile(p_v, stride_vb, stride_vl, stride_vn, i_key, length_k, T, D, TMA)
-        b_s = mask_scores(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), i_key, length_k, T)
-        b_p, b_max, b_alpha = online_softmax(b_s, b_max, scale_log2)
+        b_s = mask_scores(dot_rows(b_q, b_k, EXACT), i_key, length_k, T)
+        b_p, b_max, b_alpha = online_softmax(b_s, b_max, score_scale, EXACT)
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_alpha[:, None], input_precision="ieee")
 
-    store_tile(p_o, stride_ob, stride_ol, stride_on, i_row, length_q, b_o / b_sum[:, None], R, D)
-    rows = i_row + tl.arange(0, R)
-    tl.store(p_lse + program_head() * length_q + rows, b_max + tl.log2(b_sum), mask=rows < length_q)
+    store_tile(p_o, stride_ob, stride_ol, stride_on, i_row, length_q, divide(b_o, b_sum[:, None], EXACT), R, D)
+    store_lse(p_lse, i_row, length_q, b_max, b_sum, R, EXACT)
 
 
 def forward_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
@@ -93,11 +95,11 @@ def forward_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu)
 
 @torch.library.custom_op("turbokernels::sparse_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """o (B, Lq, N, D) like q but packed, and lse (B, N, Lq) in float32 and units of log2."""
+    """o (B, Lq, N, D) like q but packed, and lse, float32 of `lse_shape`."""
     batch, length_q, heads, dim = q.shape
     kept = kept.contiguous()
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
+    lse = torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
     tma = describable(k, v)
 
     def run(launch: Launch) -> None:
@@ -105,7 +107,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_q: int, block_
         forward_kernel[(triton.cdiv(length_q, rows), heads, batch)](
             q, operand(k, keys, tma), operand(v, keys, tma), o, lse, kept,
             *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(o),
-            length_q, k.shape[1], kept.shape[3], dim**-0.5 * LOG2E,
+            length_q, k.shape[1], kept.shape[3], score_scale(q),
             D=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma, **launch.kwargs(),
         )  # fmt: skip
 
@@ -116,7 +118,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_q: int, block_
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_q: int, block_k: int) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=torch.float32)
 
 
 class _SparseAttention(torch.autograd.Function):

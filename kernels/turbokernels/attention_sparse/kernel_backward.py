@@ -3,7 +3,7 @@
 One pass gives dQ: a program per tile of query rows walks its list of kept key blocks. The other gives dK and dV: a
 program per tile of keys walks the transposed list, the query blocks that keep it. Probabilities are computed again from
 the forward's lse in both. With P the probabilities and scale 1 / sqrt(D), as in `softmax_core.gradients`:
-  delta = rowsum(dO * O); dS = P * (dO V^T - delta); dQ = scale dS K; dK = scale dS^T Q; dV = P^T dO.
+  delta = rowsum(dO * O) = rowsum(P * dO V^T); dS = P * (dO V^T - delta); dQ = scale dS K; dK = scale dS^T Q; dV = P^T dO.
 DENSE: every block is kept, and there are no lists; block sizes then only bound the tiles.
 Names and conventions: `attention_tiles.py`.
 """
@@ -18,14 +18,18 @@ from torch import Tensor
 
 from turbokernels import tuning
 from turbokernels.attention_tiles import (
-    LOG2E,
     Gpu,
     describable,
+    dot_rows,
     gpu_of,
+    load_lse,
     load_tile,
     mask_scores,
+    next_tile,
     operand,
+    probabilities,
     program_head,
+    score_scale,
     store_tile,
     strides_of,
 )
@@ -42,42 +46,48 @@ def backward_q_kernel(
     stride_ob, stride_ol, stride_on,
     stride_gb, stride_gl, stride_gn,
     stride_db, stride_dl, stride_dn,
-    length_q, length_k, n_kept, scale, scale_log2,
+    length_q, length_k, n_kept, scale, score_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr,
     DENSE: tl.constexpr,
 ):  # fmt: skip
     """dq (B, Lq, N, D), and delta (B, N, Lq) for the other pass, for R rows of one query block."""
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     i_row = tl.program_id(0) * R
     rows = i_row + tl.arange(0, R)
     b_q = load_tile(p_q, stride_qb, stride_ql, stride_qn, i_row, length_q, R, D, False)
     b_do = load_tile(p_do, stride_gb, stride_gl, stride_gn, i_row, length_q, R, D, False)
-    b_o = load_tile(p_o, stride_ob, stride_ol, stride_on, i_row, length_q, R, D, False)
-    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(p_delta + program_head() * length_q + rows, b_delta, mask=rows < length_q)
-    b_lse = tl.load(p_lse + program_head() * length_q + tl.minimum(rows, length_q - 1))
+    p_delta += program_head() * length_q + rows
+    b_shift, b_sum = load_lse(p_lse, tl.minimum(rows, length_q - 1), length_q, EXACT)
+    if EXACT:
+        b_delta = tl.zeros([R], tl.float32)
+    else:
+        b_o = load_tile(p_o, stride_ob, stride_ol, stride_on, i_row, length_q, R, D, False)
+        b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+        tl.store(p_delta, b_delta, mask=rows < length_q)
     b_dq = tl.zeros([R, D], tl.float32)
 
-    PARTS: tl.constexpr = BLOCK_K // T
-    if DENSE:
-        n_steps = tl.cdiv(length_k, T)
-        key_block = 0
-    else:
-        n_steps = n_kept * PARTS
-        p_list = p_kept + (program_head() * tl.cdiv(length_q, BLOCK_Q) + i_row // BLOCK_Q) * n_kept
-        key_block = tl.load(p_list)
-    for step in range(0, n_steps):
-        if DENSE:
-            i_key = step * T
-        else:
-            i_key = key_block * BLOCK_K + step % PARTS * T
-            key_block = tl.load(p_list + tl.minimum((step + 1) // PARTS, n_kept - 1))
-        b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, TMA)
-        b_v = load_tile(p_v, stride_vb, stride_vl, stride_vn, i_key, length_k, T, D, TMA)
-        b_s = mask_scores(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), i_key, length_k, T)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+    p_list, n_steps = p_kept, tl.cdiv(length_k, T)
+    if not DENSE:
+        p_list += (program_head() * tl.cdiv(length_q, BLOCK_Q) + i_row // BLOCK_Q) * n_kept
+        n_steps = n_kept * (BLOCK_K // T)
+    # dO V^T and delta nearly cancel where a row has one key that counts. EXACT takes a pass of its own over the keys for
+    # delta = rowsum(P * dO V^T), so that they are rounded alike.
+    for i_pass in tl.static_range(0 if EXACT else 1, 2):
+        key_block = 0 if DENSE else tl.load(p_list)
+        for step in range(0, n_steps):
+            i_key, key_block = next_tile(p_list, key_block, step, n_kept, BLOCK_K, T, DENSE)
+            b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, TMA)
+            b_v = load_tile(p_v, stride_vb, stride_vl, stride_vn, i_key, length_k, T, D, TMA)
+            b_s = mask_scores(dot_rows(b_q, b_k, EXACT), i_key, length_k, T)
+            b_dp = dot_rows(b_do, b_v, EXACT)
+            b_p = probabilities(b_s, score_scale, b_shift[:, None], b_sum[:, None], EXACT)
+            if i_pass == 0:
+                b_delta += tl.sum(b_p * b_dp, 1)
+            else:
+                b_ds = b_p * (b_dp - b_delta[:, None])
+                b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+        if i_pass == 0:
+            tl.store(p_delta, b_delta, mask=rows < length_q)
 
     store_tile(p_dq, stride_db, stride_dl, stride_dn, i_row, length_q, b_dq * scale, R, D)
 
@@ -90,46 +100,40 @@ def backward_kv_kernel(
     stride_vb, stride_vl, stride_vn,
     stride_gb, stride_gl, stride_gn,
     stride_db, stride_dl, stride_dn,
-    length_q, length_k, n_pairs, scale, scale_log2,
+    length_q, length_k, n_pairs, scale, score_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr,
     DENSE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (B, Lk, N, D, of equal strides) for T keys of one key block; n_pairs: I * M, the length of a head's
     transposed lists. Scores are computed transposed, [T, R], so that they are left operands without a move."""
+    EXACT: tl.constexpr = p_k.dtype.element_ty == tl.float32
     i_key = tl.program_id(0) * T
     b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, False)
     b_v = load_tile(p_v, stride_vb, stride_vl, stride_vn, i_key, length_k, T, D, False)
     b_dk = tl.zeros([T, D], tl.float32)
     b_dv = tl.zeros([T, D], tl.float32)
-    p_lse += program_head() * length_q
     p_delta += program_head() * length_q
 
-    PARTS: tl.constexpr = BLOCK_Q // R
-    if DENSE:
-        n_steps = tl.cdiv(length_q, R)
-        q_block = 0
-    else:
+    p_list, n_blocks, n_steps = p_q_blocks, 0, tl.cdiv(length_q, R)
+    q_block = 0
+    if not DENSE:
         p_start = p_offsets + program_head() * (tl.cdiv(length_k, BLOCK_K) + 1) + i_key // BLOCK_K
         start = tl.load(p_start)
         n_blocks = tl.load(p_start + 1) - start
-        n_steps = n_blocks * PARTS
-        p_list = p_q_blocks + program_head() * n_pairs + start
+        n_steps = n_blocks * (BLOCK_Q // R)
+        p_list += program_head() * n_pairs + start
         q_block = tl.load(p_list, mask=n_blocks > 0, other=0)
     for step in range(0, n_steps):
-        if DENSE:
-            i_row = step * R
-        else:
-            i_row = q_block * BLOCK_Q + step % PARTS * R
-            q_block = tl.load(p_list + tl.minimum((step + 1) // PARTS, n_blocks - 1))
+        i_row, q_block = next_tile(p_list, q_block, step, n_blocks, BLOCK_Q, R, DENSE)
         b_q = load_tile(p_q, stride_qb, stride_ql, stride_qn, i_row, length_q, R, D, TMA)
         b_do = load_tile(p_do, stride_gb, stride_gl, stride_gn, i_row, length_q, R, D, TMA)
         rows = tl.minimum(i_row + tl.arange(0, R), length_q - 1)
-        b_lse = tl.load(p_lse + rows)
+        b_shift, b_sum = load_lse(p_lse, rows, length_q, EXACT)
         b_delta = tl.load(p_delta + rows)
-        b_s = mask_scores(tl.dot(b_k, tl.trans(b_q), input_precision="ieee"), i_row, length_q, R)
-        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+        b_s = mask_scores(dot_rows(b_k, b_q, EXACT), i_row, length_q, R)
+        b_p = probabilities(b_s, score_scale, b_shift[None, :], b_sum[None, :], EXACT)
         b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_dp = dot_rows(b_v, b_do, EXACT)
         b_ds = b_p * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
 
@@ -176,14 +180,14 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum(do * o) with respect to q, k and v; packed, in their dtype.
 
-    q, o, do: (B, Lq, N, D); k, v: (B, Lk, N, D); lse: (B, N, Lq) in units of log2, from the forward. kept None: dense.
+    q, o, do: (B, Lq, N, D); k, v: (B, Lk, N, D); lse: from the forward. kept None: dense.
     """
     batch, length_q, heads, dim = q.shape
     length_k, dense, scale = k.shape[1], kept is None, dim**-0.5
     do = do if do.stride(3) == 1 else do.contiguous()  # a broadcast gradient, such as that of a sum
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    delta = torch.empty_like(lse)
+    delta = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
     q_blocks, offsets, n_pairs, n_kept = None, None, 0, 0
     if kept is not None:
         mask = BlockMask(kept.contiguous(), block_q, block_k, length_q, length_k)
@@ -198,7 +202,7 @@ def backward(
         backward_q_kernel[(triton.cdiv(length_q, launch["R"]), heads, batch)](
             q, operand(k, keys, tma_q), operand(v, keys, tma_q), o, do, dq, lse, delta, kept,
             *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(o), *strides_of(do), *strides_of(dq),
-            length_q, length_k, n_kept, scale, scale * LOG2E,
+            length_q, length_k, n_kept, scale, score_scale(q),
             TMA=tma_q, **constants, **launch.kwargs(),
         )  # fmt: skip
 
@@ -207,7 +211,7 @@ def backward(
         backward_kv_kernel[(triton.cdiv(length_k, launch["T"]), heads, batch)](
             operand(q, rows, tma_kv), k, v, operand(do, rows, tma_kv), dk, dv, lse, delta, q_blocks, offsets,
             *strides_of(q), *strides_of(k), *strides_of(v), *strides_of(do), *strides_of(dk),
-            length_q, length_k, n_pairs, scale, scale * LOG2E,
+            length_q, length_k, n_pairs, scale, score_scale(q),
             TMA=tma_kv, **constants, **launch.kwargs(),
         )  # fmt: skip
 

@@ -18,19 +18,41 @@ from torch import Tensor
 
 from turbokernels import tuning
 from turbokernels.attention_tiles import (
-    LOG2E,
     Gpu,
     describable,
+    dot_rows,
     gpu_of,
     load_tile,
+    lse_shape,
     mask_scores,
+    next_tile,
     online_softmax,
     operand,
+    probabilities,
     program_head,
+    score_scale,
+    store_lse,
     store_tile,
     strides_of,
 )
 from turbokernels.tuning import Launch
+
+
+@triton.jit
+def score_tangent(b_q, b_tq, b_k, b_tk, TQ: tl.constexpr, TK: tl.constexpr, EXACT: tl.constexpr):
+    """dQ K^T + Q dK^T [R, T], of the tangents that there are."""
+    b_ts = tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32)
+    if EXACT:
+        if TQ:
+            b_ts += dot_rows(b_tq, b_k, EXACT)
+        if TK:
+            b_ts += dot_rows(b_q, b_tk, EXACT)
+    else:
+        if TQ:
+            b_ts = tl.dot(b_tq, tl.trans(b_k), b_ts, input_precision="ieee")
+        if TK:
+            b_ts = tl.dot(b_q, tl.trans(b_tk), b_ts, input_precision="ieee")
+    return b_ts
 
 
 @triton.jit(do_not_specialize=["length_q", "length_k", "n_kept"])
@@ -43,12 +65,13 @@ def jvp_kernel(
     stride_tkb, stride_tkl, stride_tkn,
     stride_tvb, stride_tvl, stride_tvn,
     stride_ob, stride_ol, stride_on,
-    length_q, length_k, n_kept, scale, scale_log2,
+    length_q, length_k, n_kept, scale, score_scale,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, TMA: tl.constexpr,
     DENSE: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, TV: tl.constexpr,
 ):  # fmt: skip
-    """o, to (B, Lq, N, D, of equal strides) and lse (B, N, Lq) for R query rows. TQ, TK, TV: which tangents there are;
-    the others are zero, and their products are not computed."""
+    """o, to (B, Lq, N, D, of equal strides) and lse, of `lse_shape`, for R query rows. TQ, TK, TV: which tangents there
+    are; the others are zero, and their products are not computed."""
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     i_row = tl.program_id(0) * R
     b_q = load_tile(p_q, stride_qb, stride_ql, stride_qn, i_row, length_q, R, D, False)
     b_tq = b_q
@@ -60,49 +83,64 @@ def jvp_kernel(
     b_wsum = tl.zeros([R], tl.float32)
     b_max = tl.full([R], float("-inf"), tl.float32)
 
-    PARTS: tl.constexpr = BLOCK_K // T
-    if DENSE:
-        n_steps = tl.cdiv(length_k, T)
-        key_block = 0
-    else:
-        n_steps = n_kept * PARTS
-        p_list = p_kept + (program_head() * tl.cdiv(length_q, BLOCK_Q) + i_row // BLOCK_Q) * n_kept
-        key_block = tl.load(p_list)
+    p_list, n_steps = p_kept, tl.cdiv(length_k, T)
+    if not DENSE:
+        p_list += (program_head() * tl.cdiv(length_q, BLOCK_Q) + i_row // BLOCK_Q) * n_kept
+        n_steps = n_kept * (BLOCK_K // T)
+    if EXACT:
+        # W V and rowsum(W) O nearly cancel. A pass of its own over the keys finds the mean of dS under P, without which
+        # W = P * (dS - mean) has no row sum.
+        key_block = 0 if DENSE else tl.load(p_list)
+        for step in range(0, n_steps):
+            i_key, key_block = next_tile(p_list, key_block, step, n_kept, BLOCK_K, T, DENSE)
+            b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, TMA)
+            b_s = mask_scores(dot_rows(b_q, b_k, EXACT), i_key, length_k, T)
+            b_p, b_max, b_alpha = online_softmax(b_s, b_max, score_scale, EXACT)
+            b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+            if TQ or TK:
+                b_tk = b_k
+                if TK:
+                    b_tk = load_tile(p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k, T, D, TMA)
+                b_ts = score_tangent(b_q, b_tq, b_k, b_tk, TQ, TK, EXACT)
+                b_wsum = b_wsum * b_alpha + tl.sum(b_p * (b_ts * scale), 1)
+        b_mean = tl.div_rn(b_wsum, b_sum)
+
+    key_block = 0 if DENSE else tl.load(p_list)
     for step in range(0, n_steps):
-        if DENSE:
-            i_key = step * T
-        else:
-            i_key = key_block * BLOCK_K + step % PARTS * T
-            # One step ahead: the address of the next keys must not wait for memory.
-            key_block = tl.load(p_list + tl.minimum((step + 1) // PARTS, n_kept - 1))
+        i_key, key_block = next_tile(p_list, key_block, step, n_kept, BLOCK_K, T, DENSE)
         b_k = load_tile(p_k, stride_kb, stride_kl, stride_kn, i_key, length_k, T, D, TMA)
         b_v = load_tile(p_v, stride_vb, stride_vl, stride_vn, i_key, length_k, T, D, TMA)
-        b_s = mask_scores(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), i_key, length_k, T)
-        b_p, b_max, b_alpha = online_softmax(b_s, b_max, scale_log2)
-        b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_alpha[:, None], input_precision="ieee")
-        b_to = b_to * b_alpha[:, None]
+        b_s = mask_scores(dot_rows(b_q, b_k, EXACT), i_key, length_k, T)
+        if EXACT:
+            b_p = probabilities(b_s, score_scale, b_max[:, None], b_sum[:, None], EXACT)
+        else:
+            b_p, b_max, b_alpha = online_softmax(b_s, b_max, score_scale, EXACT)
+            b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+            b_o *= b_alpha[:, None]
+            b_to *= b_alpha[:, None]
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision="ieee")
         if TV:
             b_tv = load_tile(p_tv, stride_tvb, stride_tvl, stride_tvn, i_key, length_k, T, D, TMA)
             b_to = tl.dot(b_p.to(b_v.dtype), b_tv, b_to, input_precision="ieee")
         if TQ or TK:
-            b_ts = tl.zeros([R, T], tl.float32)
-            if TQ:
-                b_ts = tl.dot(b_tq, tl.trans(b_k), b_ts, input_precision="ieee")
+            b_tk = b_k
             if TK:
                 b_tk = load_tile(p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k, T, D, TMA)
-                b_ts = tl.dot(b_q, tl.trans(b_tk), b_ts, input_precision="ieee")
-            # The sum is of the rounded values that multiply V: a V of constant rows must have no tangent from W.
-            b_w = (b_p * (b_ts * scale)).to(b_v.dtype)
-            b_wsum = b_wsum * b_alpha + tl.sum(b_w.to(tl.float32), 1)
+            b_ts = score_tangent(b_q, b_tq, b_k, b_tk, TQ, TK, EXACT)
+            if EXACT:
+                b_w = b_p * (b_ts * scale - b_mean[:, None])
+            else:
+                # The sum is of the rounded values that multiply V: a V of constant rows must have no tangent from W.
+                b_w = (b_p * (b_ts * scale)).to(b_v.dtype)
+                b_wsum = b_wsum * b_alpha + tl.sum(b_w.to(tl.float32), 1)
             b_to = tl.dot(b_w, b_v, b_to, input_precision="ieee")
 
-    b_o = b_o / b_sum[:, None]
-    b_to = b_to / b_sum[:, None] - (b_wsum / b_sum)[:, None] * b_o
+    if not EXACT:
+        b_o = b_o / b_sum[:, None]
+        b_to = b_to / b_sum[:, None] - (b_wsum / b_sum)[:, None] * b_o
     store_tile(p_o, stride_ob, stride_ol, stride_on, i_row, length_q, b_o, R, D)
     store_tile(p_to, stride_ob, stride_ol, stride_on, i_row, length_q, b_to, R, D)
-    rows = i_row + tl.arange(0, R)
-    tl.store(p_lse + program_head() * length_q + rows, b_max + tl.log2(b_sum), mask=rows < length_q)
+    store_lse(p_lse, i_row, length_q, b_max, b_sum, R, EXACT)
 
 
 def jvp_candidates(dtype: torch.dtype, block_q: int, block_k: int, gpu: Gpu) -> list[Launch]:
@@ -133,13 +171,13 @@ def jvp(
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o, to (B, Lq, N, D) like q but packed, and lse (B, N, Lq) in float32 and units of log2.
+    """o, to (B, Lq, N, D) like q but packed, and lse, float32 of `lse_shape`.
 
     q, tq: (B, Lq, N, D); k, v, tk, tv: (B, Lk, N, D). A tangent that is None is zero. kept None: dense.
     """
     batch, length_q, heads, dim = q.shape
     o, to = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
-    lse = torch.empty(batch, heads, length_q, dtype=torch.float32, device=q.device)
+    lse = torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
     kept, dense = None if kept is None else kept.contiguous(), kept is None
     tma = describable(k, v, tk, tv)
 
@@ -149,7 +187,7 @@ def jvp(
             q, k_keys, v_keys, tq, tk_keys, tv_keys, o, to, lse, kept,
             *strides_of(q), *strides_of(k), *strides_of(v),
             *strides_of(tq), *strides_of(tk), *strides_of(tv), *strides_of(o),
-            length_q, k.shape[1], 0 if kept is None else kept.shape[3], dim**-0.5, dim**-0.5 * LOG2E,
+            length_q, k.shape[1], 0 if kept is None else kept.shape[3], dim**-0.5, score_scale(q),
             D=dim, BLOCK_Q=block_q, BLOCK_K=block_k, TMA=tma,
             DENSE=dense, TQ=tq is not None, TK=tk is not None, TV=tv is not None, **launch.kwargs(),
         )  # fmt: skip
@@ -173,5 +211,5 @@ def _(
     block_q: int,
     block_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    lse = q.new_empty(lse_shape(q), dtype=torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape), lse
