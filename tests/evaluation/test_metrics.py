@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from turbotrain.evaluation.judge import Judgement, coverage
 from turbotrain.evaluation.metrics import bootstrap_interval, gap_closed, jackknife_interval, psnr, ssim
 
 
@@ -89,6 +90,16 @@ def test_jackknife_is_the_standard_error_of_a_mean() -> None:
 def test_interval_of_nothing() -> None:
     assert all(math.isnan(end) for end in bootstrap_interval([]))
     assert all(math.isnan(end) for end in jackknife_interval([1.0], sum))
+
+
+@pytest.mark.parametrize("cells", [[0, 1], [0, 5, 0], list(range(16)) * 2 + [3]])
+def test_an_interval_of_coverage_holds_only_what_coverage_can_be(cells: list[int]) -> None:
+    verdicts = [Judgement({}, ((cell // 4, cell % 4),)) for cell in cells]
+    low, high = jackknife_interval(verdicts, coverage, (0.0, 1.0))
+    assert 0.0 <= low <= coverage(verdicts) <= high <= 1.0
+    free = jackknife_interval(verdicts, coverage)
+    assert (low, high) == (max(0.0, free[0]), min(1.0, free[1]))
+    assert free[0] < 0.0 or free[1] > 1.0  # else this tests nothing
 
 
 def test_gap_closed() -> None:

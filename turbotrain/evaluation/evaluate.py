@@ -225,7 +225,7 @@ def _judged(
         "accuracy_shuffled": statistics.fmean(shuffled) if shuffled else None,
         "accuracy_shuffled_interval": bootstrap_interval(shuffled),
         "coverage": float(judge.coverage(verdicts)),
-        "coverage_interval": jackknife_interval(verdicts, judge.coverage),
+        "coverage_interval": jackknife_interval(verdicts, judge.coverage, (0.0, 1.0)),
         "attributes": {
             name: {"accuracy": statistics.fmean(values), "interval": bootstrap_interval(values), "count": len(values)}
             for name, values in attributes.items()

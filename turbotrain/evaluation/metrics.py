@@ -2,7 +2,7 @@
 
 Shapes: T frames, H height, W width, C channels; clips are uint8 unless said. PSNR and SSIM follow their textbook definitions
 (SSIM: Wang et al. 2004, Gaussian window of 11 pixels and sigma 1.5, valid positions only, K1 = .01, K2 = .03, mean over
-channels). Intervals are percentile bootstraps: no shape of the distribution is assumed.
+channels). Intervals are percentile bootstraps, which assume no shape of the distribution, but for coverage's jackknife.
 """
 
 from __future__ import annotations
@@ -78,8 +78,14 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def jackknife_interval(items: Sequence[Any], statistic: Callable[[list[Any]], float]) -> tuple[float, float]:
-    """95% interval of a statistic from its leave-one-out values: estimate +- 1.96 standard errors.
+def jackknife_interval(
+    items: Sequence[Any],
+    statistic: Callable[[list[Any]], float],
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> tuple[float, float]:
+    """95% interval of a statistic from its leave-one-out values: estimate +- 1.96 standard errors, cut off at `limits`.
+
+    limits: between which the statistic lies by definition; beside them a symmetric interval claims what cannot be.
 
     For statistics of how many different things there are (coverage): a bootstrap sample repeats items and so always looks
     poorer than the sample that it was drawn from.
@@ -91,7 +97,7 @@ def jackknife_interval(items: Sequence[Any], statistic: Callable[[list[Any]], fl
     left_out = np.asarray([statistic(whole[:i] + whole[i + 1 :]) for i in range(count)])
     error = math.sqrt((count - 1) * float(np.var(left_out)))
     estimate = statistic(whole)
-    return estimate - 1.96 * error, estimate + 1.96 * error
+    return max(limits[0], estimate - 1.96 * error), min(limits[1], estimate + 1.96 * error)
 
 
 def gap_closed(value: float, baseline: float, teacher: float) -> float:
