@@ -207,9 +207,8 @@ def online_softmax(b_s, b_max, scale, EXACT: tl.constexpr):
     """A step of the online softmax (Milakov and Gimelshein, arXiv 1805.02867) with scores [R, T]: p [R, T], the new
     maximum [R], and the factor [R] of everything summed so far. scale: `score_scale`."""
     if EXACT:
-        b_s *= scale
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = exp_exact(b_s - b_new[:, None])
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_p = exp_exact(tl.fma(b_s, scale, -b_new[:, None]))
         b_alpha = exp_exact(b_max - b_new)
     else:
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
@@ -247,7 +246,7 @@ def load_lse(p_lse, rows, length, EXACT: tl.constexpr):
 def probabilities(b_s, scale, b_shift, b_sum, EXACT: tl.constexpr):
     """Softmax of scores again from `load_lse`, whose results are broadcast to the scores' shape."""
     if EXACT:
-        b_p = tl.div_rn(exp_exact(b_s * scale - b_shift), b_sum)
+        b_p = tl.div_rn(exp_exact(tl.fma(b_s, scale, -b_shift)), b_sum)
     else:
         b_p = tl.exp2(b_s * scale - b_shift)
     return b_p

@@ -92,14 +92,14 @@ def test_interval_of_nothing() -> None:
     assert all(math.isnan(end) for end in jackknife_interval([1.0], sum))
 
 
-@pytest.mark.parametrize("cells", [[0, 1], [0, 5, 0], list(range(16)) * 2 + [3]])
-def test_an_interval_of_coverage_holds_only_what_coverage_can_be(cells: list[int]) -> None:
-    verdicts = [Judgement({}, ((cell // 4, cell % 4),)) for cell in cells]
+def test_an_interval_of_coverage_holds_only_what_coverage_can_be() -> None:
+    verdicts = [Judgement({}, ((cell // 4, cell % 4),)) for cell in [*range(16), *range(16), 3]]
     low, high = jackknife_interval(verdicts, coverage, (0.0, 1.0))
-    assert 0.0 <= low <= coverage(verdicts) <= high <= 1.0
     free = jackknife_interval(verdicts, coverage)
-    assert (low, high) == (max(0.0, free[0]), min(1.0, free[1]))
-    assert free[0] < 0.0 or free[1] > 1.0  # else this tests nothing
+    assert low == free[0]
+    assert low <= coverage(verdicts) <= high == 1.0 < free[1]
+    low, high = jackknife_interval([0.0, 0.0, 0.0, 1.0], lambda items: sum(items) / len(items), (0.0, 1.0))
+    assert low == 0.0 < high < 1.0
 
 
 def test_gap_closed() -> None:
