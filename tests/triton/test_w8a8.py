@@ -85,3 +85,14 @@ def test_bad_operands_are_named() -> None:
         w8a8_linear(x, w_q, w_scale, bias, activation="relu")
     with pytest.raises(ValueError, match=r"not for torch\.float64; use impl='reference'"):
         w8a8_linear(pair, w_q, w_scale, bias, impl="triton", out_dtype=torch.float64)
+
+
+def test_an_fp8_linear_says_when_it_does_not_run_in_one_pass(caplog: pytest.LogCaptureFixture) -> None:
+    x, w_q, w_scale, bias = cases.operands((3, 48), 16, torch.float32, "fp8_channel")
+    kernel._log_steps.cache_clear()
+    with caplog.at_level("INFO", logger="turbokernels"):
+        for _ in range(2):
+            w8a8_linear(x, w_q, w_scale, bias, "fp8_channel", "triton")
+    said = [record.getMessage() for record in caplog.records if "in steps of their own" in record.getMessage()]
+    assert len(said) == 1
+    assert "48 -> 16 for torch.float32" in said[0]

@@ -7,6 +7,9 @@ sample, T tiles along L, U tiles along K, V tiles along N.
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +21,8 @@ from turbokernels.rows import DTYPES, as_samples, gelu_tanh
 from turbokernels.tuning import Launch, best, capability
 from turbokernels.w8a8 import reference
 from turbokernels.w8a8.reference import BLOCK
+
+logger = logging.getLogger(__name__)
 
 # No fused multiply-adds: the epilogue is the reference's, rounding by rounding.
 OPTIONS = {"enable_fp_fusion": False}
@@ -348,6 +353,16 @@ def _(
     return x_BLK.new_empty((*x_BLK.shape[:2], w_NK.shape[0]), dtype=dtype)
 
 
+@functools.cache
+def _log_steps(n_in: int, n_out: int, dtype: torch.dtype, gelu: bool) -> None:
+    """Log, once per layer shape, that an fp8 linear does not run in one pass."""
+    logger.info(
+        "turbokernels: w8a8_linear fp8_channel %d -> %d for %s%s multiplies, scales and adds in steps of their own; one pass "
+        "needs a CUDA device, bfloat16 results and bias, no activation, and features in 16s",
+        n_in, n_out, dtype, " with gelu_tanh" if gelu else "",
+    )  # fmt: skip
+
+
 def _linear_fp8(
     x_MK: Tensor,
     x_scale_M: Tensor,
@@ -363,6 +378,8 @@ def _linear_fp8(
     in_one_pass = dtype == torch.bfloat16 and not gelu and x_MK.is_cuda and len(x_MK)
     in_one_pass = in_one_pass and (bias_N is None or bias_N.dtype == dtype)
     if not in_one_pass or x_MK.shape[1] % 16 or w_NK.shape[0] % 16:
+        if not torch.compiler.is_compiling():  # a log call would break the graph
+            _log_steps(x_MK.shape[1], w_NK.shape[0], dtype, gelu)
         activation = "gelu_tanh" if gelu else None
         return reference.w8a8_linear((x_MK, x_scale_M), w_NK, w_scale_N, bias_N, "fp8_channel", activation, dtype)
     return torch._scaled_mm(
