@@ -121,6 +121,12 @@ def program_head():
 
 
 @triton.jit
+def head_offset(i_g, heads, stride_b, stride_n):
+    """Elements from the start of a (B, L, N, D) tensor to its first token of batch * head i_g."""
+    return (i_g // heads).to(tl.int64) * stride_b + (i_g % heads).to(tl.int64) * stride_n
+
+
+@triton.jit
 def load_tile(p_x, stride_b, stride_l, stride_n, i_row, length, ROWS: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr):
     """Rows i_row .. i_row + ROWS of this program's head, [ROWS, D]. Those from `length` on are finite if the last
     row is, and must not count: zero from a descriptor, the last row from a pointer."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turbokernels.attention_tiles import dot_rows, exp_exact
+from turbokernels.attention_tiles import dot_rows, exp_exact, head_offset
 
 LOG2E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(1e-5)
@@ -108,12 +108,6 @@ def store_partial(p_partial, b_st, b_z, D: tl.constexpr):
     i_d = tl.arange(0, D)
     tl.store(p_partial + i_d[:, None] * D + i_d[None, :], tl.trans(b_st))
     tl.store(p_partial + D * D + i_d, b_z)
-
-
-@triton.jit
-def head_offset(i_g, heads, stride_b, stride_n):
-    """Elements from the start of a (B, L, N, D) tensor to its first token of batch * head i_g."""
-    return (i_g // heads).to(tl.int64) * stride_b + (i_g % heads).to(tl.int64) * stride_n
 
 
 @triton.jit(do_not_specialize=("length", "tiles_per_program"))

@@ -16,21 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turbokernels.attention_linear import kernel
+from turbokernels.attention_tiles import check_kernel_operands, strides_of
 from turbokernels.tuning import Launch, best, shared_memory
 
-HEAD_DIMS = (16, 32, 64, 128)
 PROGRAMS_PER_PROCESSOR = 2
 INTERPRETED_PROCESSORS = 3  # so that partial sums are tested
-
-
-def check_operands(op: str, q: Tensor) -> None:
-    """Require what the kernels can do. Errors: ValueError with the remedy."""
-    if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(
-            f"{op}: the kernels know head dims {', '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}; use impl='reference'"
-        )
-    if q.dtype == torch.float64:
-        raise ValueError(f"{op}: the kernels have no float64; use impl='reference', or cast the operands to float32")
 
 
 def _candidates(x: Tensor) -> list[Launch]:
@@ -53,10 +43,6 @@ def _split(length: int, groups: int, block: int, device: torch.device) -> tuple[
     return -(-tiles // per_program), per_program
 
 
-def _strides(x_BLND: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x_BLND is None else (x_BLND.stride(0), x_BLND.stride(1), x_BLND.stride(2))
-
-
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -75,7 +61,7 @@ def state_op(k: Tensor, v: Tensor, tk: Tensor | None, tv: Tensor | None, feature
         programs, per_program = _split(length, groups, launch["BLOCK"], k.device)
         partial = torch.empty(groups, programs, kinds, dim + 1, dim, dtype=torch.float32, device=k.device)
         kernel.state_kernel[programs, groups](
-            *(k, v, tk, tv, partial, *_strides(k), *_strides(v), *_strides(tk), *_strides(tv)),
+            *(k, v, tk, tv, partial, *strides_of(k), *strides_of(v), *strides_of(tk), *strides_of(tv)),
             *(heads, length, per_program),
             **launch.kwargs(FEATURE_MAP=feature_map, TANGENT=tk is not None, D=dim),
         )
@@ -113,8 +99,21 @@ def apply_op(
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         to = o.new_empty(0) if tq is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
         kernel.apply_kernel[programs, batch * heads](
-            *(q, tq, state, base, tbase, bias, o, to, *_strides(q), *_strides(tq), *_strides(base), *_strides(tbase)),
-            *(*_strides(o), heads, length, per_program),
+            *(
+                q,
+                tq,
+                state,
+                base,
+                tbase,
+                bias,
+                o,
+                to,
+                *strides_of(q),
+                *strides_of(tq),
+                *strides_of(base),
+                *strides_of(tbase),
+            ),
+            *(*strides_of(o), heads, length, per_program),
             **launch.kwargs(
                 FEATURE_MAP=feature_map,
                 TANGENT=tq is not None,
@@ -157,7 +156,7 @@ def query_gradient_op(q: Tensor, do: Tensor, state: Tensor, feature_map: str) ->
     def run_query(launch: Launch) -> None:
         programs, per_program = _split(length, groups, launch["BLOCK"], q.device)
         kernel.query_gradient_kernel[programs, groups](
-            *(q, do, state, dq, rows, *_strides(q), *_strides(do), *_strides(dq), heads, length, per_program),
+            *(q, do, state, dq, rows, *strides_of(q), *strides_of(do), *strides_of(dq), heads, length, per_program),
             **launch.kwargs(FEATURE_MAP=feature_map, D=dim),
         )
 
@@ -165,7 +164,7 @@ def query_gradient_op(q: Tensor, do: Tensor, state: Tensor, feature_map: str) ->
         programs, per_program = _split(length, groups, launch["BLOCK"], q.device)
         partial = torch.empty(groups, programs, 1, dim + 1, dim, dtype=torch.float32, device=q.device)
         kernel.state_gradient_kernel[programs, groups](
-            *(q, do, state, rows, partial, *_strides(q), *_strides(do), heads, length, per_program),
+            *(q, do, state, rows, partial, *strides_of(q), *strides_of(do), heads, length, per_program),
             **launch.kwargs(FEATURE_MAP=feature_map, D=dim),
         )
         return partial.sum(1)
@@ -192,7 +191,7 @@ def key_gradient_op(k: Tensor, v: Tensor, dstate: Tensor, feature_map: str) -> t
         programs, per_program = _split(length, batch * heads, launch["BLOCK"], k.device)
         dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         kernel.key_gradient_kernel[programs, batch * heads](
-            *(k, v, dstate, dk, dv, *_strides(k), *_strides(v), *_strides(dk), heads, length, per_program),
+            *(k, v, dstate, dk, dv, *strides_of(k), *strides_of(v), *strides_of(dk), heads, length, per_program),
             **launch.kwargs(FEATURE_MAP=feature_map, D=dim),
         )
         return dk, dv
@@ -267,7 +266,7 @@ class _LinearAttention(torch.autograd.Function):
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str) -> Tensor:
     """As `reference.linear_attention`."""
-    check_operands("linear_attention", q)
+    check_kernel_operands("linear_attention", q)
     return _LinearAttention.apply(q, k, v, None, None, None, None, feature_map)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -275,7 +274,7 @@ def linear_attention_jvp(
     q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor, feature_map: str
 ) -> tuple[Tensor, Tensor]:
     """As `reference.linear_attention_jvp`."""
-    check_operands("linear_attention_jvp", q)
+    check_kernel_operands("linear_attention_jvp", q)
     tangents = (tq.detach(), tk.detach(), tv.detach(), None)
     return _LinearAttention.apply(q, k, v, None, None, None, tangents, feature_map)  # pyright: ignore[reportReturnType]
 
@@ -284,7 +283,7 @@ def add_linear_attention(
     base: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, feature_map: str
 ) -> Tensor:
     """As `reference.add_linear_attention`."""
-    check_operands("add_linear_attention", q)
+    check_kernel_operands("add_linear_attention", q)
     return _LinearAttention.apply(q, k, v, base, weight, bias, None, feature_map)[0]  # pyright: ignore[reportOptionalSubscript]
 
 
@@ -302,6 +301,6 @@ def add_linear_attention_jvp(
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
     """As `reference.add_linear_attention_jvp`."""
-    check_operands("add_linear_attention_jvp", q)
+    check_kernel_operands("add_linear_attention_jvp", q)
     tangents = (tq.detach(), tk.detach(), tv.detach(), tbase.detach())
     return _LinearAttention.apply(q, k, v, base, weight, bias, tangents, feature_map)  # pyright: ignore[reportReturnType]

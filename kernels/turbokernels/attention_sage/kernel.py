@@ -22,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from turbokernels.attention_tiles import head_offset
 from turbokernels.rows import safe_scale, to_8_bits
 from turbokernels.tuning import interpreted
 
@@ -47,12 +48,6 @@ def to_fp8(b_x):
     return to_8_bits(b_x, tl.float8e4nv)
 
 
-@triton.jit
-def head_offset(i_g, heads, stride_b, stride_n):
-    """Elements from the start of a (B, L, N, D) tensor to its first token of batch * head i_g."""
-    return (i_g // heads).to(tl.int64) * stride_b + (i_g % heads).to(tl.int64) * stride_n
-
-
 @triton.jit(do_not_specialize=("length", "tiles_per_program"))
 def statistics_kernel(
     p_k,
@@ -74,17 +69,20 @@ def statistics_kernel(
     p_k += head_offset(i_g, heads, stride_kb, stride_kn)
     p_v += head_offset(i_g, heads, stride_vb, stride_vn)
     i_d = tl.arange(0, D)
-    b_sum = tl.zeros((D,), tl.float32)
+    # The order of a sum depends on the strides, through the layout that suits their loads; 8-bit values must not. Sums of
+    # float32 are float64, which rounds to the same float32 in any order; those of 16-bit values lose next to nothing.
+    dtype: tl.constexpr = tl.float64 if p_k.dtype.element_ty == tl.float32 else tl.float32
+    b_sum = tl.zeros((D,), dtype)
     b_bits = tl.zeros((D,), tl.int32)  # of the largest |v|
     first = i_split * tiles_per_program
     for i_tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(length, BLOCK))):
         i_t = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
         b_k = tl.load(p_k + i_t * stride_kl + i_d[None, :], mask=i_t < length, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + i_t * stride_vl + i_d[None, :], mask=i_t < length, other=0.0).to(tl.float32)
-        b_sum += tl.sum(b_k, 0)
+        b_sum += tl.sum(b_k.to(dtype), 0)
         b_bits = tl.maximum(b_bits, largest_magnitude(b_v, 0).to(tl.int32, bitcast=True))
     p_partial += (i_g.to(tl.int64) * 2 * SPLITS + i_split) * D + i_d
-    tl.store(p_partial, b_sum)
+    tl.store(p_partial, b_sum.to(tl.float32))
     tl.store(p_partial + SPLITS * D, b_bits.to(tl.float32, bitcast=True))
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from turbokernels.attention_sage import kernel, reference
+from turbokernels.attention_tiles import check_kernel_operands, strides_of
 from turbokernels.blocks import BlockMask
 from turbokernels.tuning import Launch, best, capability, interpreted, shared_memory
 
-HEAD_DIMS = (16, 32, 64, 128)
 NARROWEST = 32  # int8 values of a row, and keys of a step: what an 8-bit product needs
 SPLITS = kernel.SPLITS.value
 LOG2E = math.log2(math.e)
@@ -23,20 +23,11 @@ LOG2E = math.log2(math.e)
 
 def _check(op: str, q: Tensor, pv: str) -> None:
     """Require what the kernels can do. Errors: ValueError with the remedy."""
-    if q.shape[-1] not in HEAD_DIMS:
-        raise ValueError(
-            f"{op}: the kernels know head dims {', '.join(map(str, HEAD_DIMS))}, not {q.shape[-1]}; use impl='reference'"
-        )
-    if q.dtype == torch.float64:
-        raise ValueError(f"{op}: the kernels have no float64; use impl='reference', or cast the operands to float32")
+    check_kernel_operands(op, q)
     if pv == "fp8" and capability(q.device) < (8, 9):
         raise ValueError(
             f"{op}: pv='fp8' needs compute capability 8.9, this GPU has {capability(q.device)}; use pv='fp16' or 'auto'"
         )
-
-
-def _strides(x_BLND: Tensor) -> tuple[int, int, int]:
-    return x_BLND.stride(0), x_BLND.stride(1), x_BLND.stride(2)
 
 
 def _candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
@@ -70,7 +61,7 @@ def _rows(
     scale = torch.empty(groups, n_blocks, dtype=torch.float32, device=x.device)
     launch = Launch(8 if block >= 64 else 4, 1, BLOCK=block)
     kernel.rows_kernel[n_blocks, groups](
-        *(x, partial, values, scale, *_strides(x), heads, length, factor),
+        *(x, partial, values, scale, *strides_of(x), heads, length, factor),
         **launch.kwargs(SMOOTH=smooth, D=dim, W=width),
     )
     return values, scale
@@ -83,7 +74,7 @@ def _statistics(k: Tensor, v: Tensor) -> Tensor:
     launch = Launch(8, 3, BLOCK=64)
     tiles_per_program = -(-length // (launch["BLOCK"] * SPLITS))
     kernel.statistics_kernel[SPLITS, batch * heads](
-        *(k, v, partial, *_strides(k), *_strides(v), heads, length, tiles_per_program),
+        *(k, v, partial, *strides_of(k), *strides_of(v), heads, length, tiles_per_program),
         **launch.kwargs(D=dim),
     )
     return partial
@@ -97,7 +88,7 @@ def _values(v: Tensor, partial: Tensor, block: int, n_blocks: int, fp8: bool) ->
     values = torch.empty(shape, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=v.device)
     launch = Launch(8 if block >= 64 else 4, 1, BLOCK=block)
     kernel.values_kernel[n_blocks, batch * heads](
-        *(v, partial, values, *_strides(v), heads, length),
+        *(v, partial, values, *strides_of(v), heads, length),
         **launch.kwargs(FP8=fp8, D=dim),
     )
     return values
@@ -125,7 +116,7 @@ def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, 
     def run(launch: Launch) -> Tensor:
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         kernel.attend_kernel[n_q_blocks * (block_q // launch["ROWS"]), groups](
-            *(q_values, k_values, values, q_scale, k_scale, partial, lists, o, *_strides(o)),
+            *(q_values, k_values, values, q_scale, k_scale, partial, lists, o, *strides_of(o)),
             *(heads, length_q, length_k, n_q_blocks, n_k_blocks, n_kept),
             **launch.kwargs(SPARSE=kept is not None, FP8=fp8, D=dim, W=width, BLOCK_Q=block_q, BLOCK_K=block_k),
         )
