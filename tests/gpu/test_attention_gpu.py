@@ -58,11 +58,11 @@ def test_a_video(block_q: int) -> None:
         o, to = sparse_attention_jvp(*primals, tq, tk, tv, mask, impl="reference")
         return o, to, *torch.autograd.grad(o, primals, do)
 
-    # The reference computes in float32 what a plain bf16 softmax rounds: twice its error is one rounding of the result.
+    # The reference computes in float32 what a plain bf16 softmax rounds, so this budget is tighter than that of the others.
     for name, got, rough, exact in zip(
         cases.NAMES, cases.compute(operands, mask), reference(torch.bfloat16), reference(torch.float64)
     ):
-        assert_within_budget(got, rough, exact, name, factor=3.0)
+        assert_within_budget(got, rough, exact, name)
 
 
 def test_compiles_without_a_graph_break() -> None:

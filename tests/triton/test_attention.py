@@ -5,7 +5,17 @@ from __future__ import annotations
 import cases_attention as cases
 import pytest
 import torch
+import triton
+import triton.language as tl
 from turbokernels import attention_jvp, select_blocks, sparse_attention, sparse_attention_jvp, tuning
+from turbokernels.attention_tiles import exp_exact
+
+
+@triton.jit
+def exponential_kernel(p_x, p_out, N: tl.constexpr):
+    """out = exp(x), of N values."""
+    i_x = tl.arange(0, N)
+    tl.store(p_out + i_x, exp_exact(tl.load(p_x + i_x)))
 
 
 @pytest.mark.parametrize("case", cases.SPARSE_CASES)
@@ -34,6 +44,20 @@ def test_launch_candidates(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_outliers(size: float) -> None:
     cases.check_sparse((63, 100, 32, 32, 0.6, 32), torch.float16, "cpu", size)
     cases.check_dense((63, 40, 32), torch.float16, "cpu", size)
+
+
+def test_exponential() -> None:
+    """Within a unit in the last place of float32 where its result is normal, and what is not a number stays so."""
+    tails = torch.tensor([float("-inf"), float("nan"), -3e38, -87.0, -87.5, 0.0, -1e-30, 88.0])
+    x = torch.cat([torch.linspace(-100, 0, 2**14 - 8), -torch.logspace(-30, 4, 2**14), tails, torch.rand(2**15) * 88.0])
+    got = torch.empty_like(x)
+    exponential_kernel[(1,)](x, got, len(x))
+    exact = x.double().exp()
+    last_place = torch.exp2(exact.log2().floor() - 23)
+    counts = x >= -87.0
+    assert ((got - exact).abs() / last_place)[counts].max() <= 1.0
+    assert (got[x < -87.0] == 0.0).all()
+    assert got.isnan().equal(x.isnan())
 
 
 @pytest.mark.parametrize("sparse", [True, False])
