@@ -117,8 +117,9 @@ def jvp_kernel(
             b_p, b_max, b_alpha = online_softmax(b_s, b_max, score_scale, EXACT)
             b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
             b_o *= b_alpha[:, None]
-            b_to *= b_alpha[:, None]
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o, input_precision="ieee")
+        if not EXACT:
+            b_to *= b_alpha[:, None]
         if TV:
             b_tv = load_tile(p_tv, stride_tvb, stride_tvl, stride_tvn, i_key, length_k, T, D, TMA)
             b_to = tl.dot(b_p.to(b_v.dtype), b_tv, b_to, input_precision="ieee")
