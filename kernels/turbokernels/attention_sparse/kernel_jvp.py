@@ -39,18 +39,23 @@ from turbokernels.tuning import Launch
 
 
 @triton.jit
-def score_tangent(b_q, b_tq, b_k, b_tk, TQ: tl.constexpr, TK: tl.constexpr, EXACT: tl.constexpr):
-    """dQ K^T + Q dK^T [R, T], of the tangents that there are."""
-    b_ts = tl.zeros([b_q.shape[0], b_k.shape[0]], tl.float32)
-    if EXACT:
-        if TQ:
+def score_tangent(
+    b_q, b_tq, b_k, p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k,
+    R: tl.constexpr, T: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """dQ K^T + Q dK^T [R, T], of the tangents that there are. dK is read after the first product: it costs registers."""
+    b_ts = tl.zeros([R, T], tl.float32)
+    if TQ:
+        if EXACT:
             b_ts += dot_rows(b_tq, b_k, EXACT)
-        if TK:
-            b_ts += dot_rows(b_q, b_tk, EXACT)
-    else:
-        if TQ:
+        else:
             b_ts = tl.dot(b_tq, tl.trans(b_k), b_ts, input_precision="ieee")
-        if TK:
+    if TK:
+        b_tk = load_tile(p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k, T, D, TMA)
+        if EXACT:
+            b_ts += dot_rows(b_q, b_tk, EXACT)
+        else:
             b_ts = tl.dot(b_q, tl.trans(b_tk), b_ts, input_precision="ieee")
     return b_ts
 
@@ -98,10 +103,24 @@ def jvp_kernel(
             b_p, b_max, b_alpha = online_softmax(b_s, b_max, score_scale, EXACT)
             b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
             if TQ or TK:
-                b_tk = b_k
-                if TK:
-                    b_tk = load_tile(p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k, T, D, TMA)
-                b_ts = score_tangent(b_q, b_tq, b_k, b_tk, TQ, TK, EXACT)
+                b_ts = score_tangent(
+                    b_q,
+                    b_tq,
+                    b_k,
+                    p_tk,
+                    stride_tkb,
+                    stride_tkl,
+                    stride_tkn,
+                    i_key,
+                    length_k,
+                    R,
+                    T,
+                    D,
+                    TMA,
+                    TQ,
+                    TK,
+                    EXACT,
+                )
                 b_wsum = b_wsum * b_alpha + tl.sum(b_p * (b_ts * scale), 1)
         b_mean = tl.div_rn(b_wsum, b_sum)
 
@@ -124,10 +143,9 @@ def jvp_kernel(
             b_tv = load_tile(p_tv, stride_tvb, stride_tvl, stride_tvn, i_key, length_k, T, D, TMA)
             b_to = tl.dot(b_p.to(b_v.dtype), b_tv, b_to, input_precision="ieee")
         if TQ or TK:
-            b_tk = b_k
-            if TK:
-                b_tk = load_tile(p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k, T, D, TMA)
-            b_ts = score_tangent(b_q, b_tq, b_k, b_tk, TQ, TK, EXACT)
+            b_ts = score_tangent(
+                b_q, b_tq, b_k, p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k, R, T, D, TMA, TQ, TK, EXACT
+            )
             if EXACT:
                 b_w = b_p * (b_ts * scale - b_mean[:, None])
             else:
