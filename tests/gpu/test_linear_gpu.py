@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 def test_value_gradient_and_tangent(
     feature_map: str, length_q: int, length_k: int, dim: int, dtype: torch.dtype
 ) -> None:
-    cases.check_value_gradient_and_tangent(feature_map, 2, length_q, length_k, 3, dim, dtype, "cuda")
+    batch = 2 if length_q > 1 else 32  # of a hundred numbers the largest error is luck
+    cases.check_value_gradient_and_tangent(feature_map, batch, length_q, length_k, 3, dim, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

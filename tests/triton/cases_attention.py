@@ -74,18 +74,25 @@ def assert_all_within_budget(got: tuple[Tensor, ...], operands: tuple[Tensor, ..
         assert_within_budget(mine, rough, exact, name)
 
 
+def samples(length: int, device: str) -> int:
+    """How many samples a case takes: of a hundred numbers the largest error is luck, plain PyTorch's as well. The
+    interpreter, which computes as plain PyTorch does, does without more."""
+    return 32 if length == 1 and device == "cuda" else 2
+
+
 def check_sparse(case: tuple, dtype: torch.dtype, device: str, size: float = 1.0) -> None:
     *shape, dim = case
-    operands = random_operands(2, shape[0], 2, dim, shape[1], dtype=dtype)
+    batch = samples(shape[0], device)
+    operands = random_operands(batch, shape[0], 2, dim, shape[1], dtype=dtype)
     operands = tuple(x.to(device) for x in (operands if size == 1.0 else with_outliers(operands, size)))
-    mask = random_mask(2, 2, *shape)
+    mask = random_mask(batch, 2, *shape)
     seen = token_mask(mask).to(device)
     assert_all_within_budget(compute(operands, on(mask, device)), operands, seen)
 
 
 def check_dense(case: tuple[int, int, int], dtype: torch.dtype, device: str, size: float = 1.0) -> None:
     length_q, length_k, dim = case
-    operands = random_operands(2, length_q, 2, dim, length_k, dtype=dtype)
+    operands = random_operands(samples(length_q, device), length_q, 2, dim, length_k, dtype=dtype)
     operands = tuple(x.to(device) for x in (operands if size == 1.0 else with_outliers(operands, size)))
     assert_all_within_budget(compute(operands, None), operands, None)
 

@@ -53,7 +53,8 @@ def check_affine_norm(x: Tensor, weight: Tensor, bias: Tensor, device: str) -> N
     _, q, token_scale = tk.gate_residual_norm_quantize(*on_device[:2], None, *on_device[2:], impl="triton", affine=True)
     expected = tk.layer_norm_modulate_quantize(out, *on_device[2:], impl="triton", affine=True)
     assert torch.equal(q, expected[0])
-    assert torch.equal(token_scale, expected[1])
+    # Two kernels, whose sums the compiler may order and contract differently.
+    torch.testing.assert_close(token_scale, expected[1], rtol=2 * torch.finfo(torch.float32).eps, atol=0.0)
 
 
 def check_gate(
