@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 AUTOTUNE_VARIABLE = "TURBOKERNELS_AUTOTUNE"
 MAX_CANDIDATES = 8  # a search is bounded
+GLUON_VERSIONS = ((3, 6), (3, 7))
 TABLES = Path(__file__).parent / "tables"
 
 
@@ -79,6 +80,13 @@ def interpreted() -> bool:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability, for an op's list of candidates; (9, 0) where kernels are interpreted on another device."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def has_gluon() -> bool:
+    """Whether this Triton's Gluon is one that kernels are written for: it changes between versions, and is compiled only."""
+    import triton  # here, so that the library imports without it
+
+    return not interpreted() and tuple(map(int, triton.__version__.split(".")[:2])) in GLUON_VERSIONS
 
 
 def shared_memory(device: torch.device) -> int:

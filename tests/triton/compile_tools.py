@@ -26,7 +26,8 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 @dataclass(frozen=True)
 class Build:
     """One kernel with one set of constants. kernel: "module:function"; types: argument -> Triton type, such as "*bf16",
-    "*i8", "*fp8e4nv", "i32", "fp32"; constants: every other argument (constexprs, and None for absent pointers).
+    "*i8", "*fp8e4nv", "i32", "fp32" (`tile_type` for Gluon's descriptors); constants: every other argument (constexprs,
+    and None for absent pointers).
 
     Pointers count as 16-byte aligned, and integers as divisible by 16 if their name starts with "stride" or stands in
     `divisible`, as they are at run time for packed operands.
@@ -39,6 +40,14 @@ class Build:
     num_stages: int = 2
     divisible: tuple[str, ...] = ()
     maxnreg: int | None = None  # registers of a thread
+
+
+def tile_type(element: str, *tile: int) -> str:
+    """Type of Gluon's descriptor of tiles of a Triton element type: as wide a swizzle as fits, as kernels choose it."""
+    bits = {"i8": 8, "fp8e4nv": 8, "bf16": 16}[element]
+    swizzle = min(128, tile[-1] * bits // 8)
+    layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={bits}, rank={len(tile)})"
+    return f"tensordesc<{element}[{','.join(map(str, tile))}],{layout}>"
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ def _compile(build: Build, arch: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     module, name = build.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
@@ -95,7 +105,7 @@ def _compile(build: Build, arch: int) -> Compiled:
         if kind != "constexpr"
     }
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": build.num_warps, "num_stages": build.num_stages, "maxnreg": build.maxnreg},
     )

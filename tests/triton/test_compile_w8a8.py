@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from compile_tools import SHARED_LIMIT, Build, compile_all
-from turbokernels.tuning import Launch
+import pytest
+import triton
+from compile_tools import SHARED_LIMIT, Build, compile_all, tile_type
+from turbokernels.tuning import GLUON_VERSIONS, Launch
 from turbokernels.w8a8 import kernel
 
 MODULE = "turbokernels.w8a8.kernel"
@@ -39,6 +41,27 @@ def test_hopper() -> None:
     for result in compiled[: len(in_pairs)]:  # two of 256 threads share 65,536 registers and the memory
         assert result.registers <= 128
         assert 2 * (result.shared + 1024) <= SHARED_LIMIT[90]
+
+
+def hopper_build(launch: Launch, gelu: bool) -> Build:
+    blocks = dict(launch.blocks)
+    m, n, k = (blocks.pop(f"BLOCK_{name}") for name in "MNK")
+    types = {"x": tile_type("i8", m, k), "w": tile_type("i8", n, k), "y": tile_type("bf16", m, n), "p_bias": "*bf16"}
+    types |= {"p_x_scale": "*fp32", "p_w_scale": "*fp32", "n_rows": "i32", "n_out": "i32", "n_in": "i32"}
+    constants = {**blocks, "BIAS": True, "GELU": gelu}
+    return Build(f"{MODULE}_hopper:rows_kernel", types, constants, launch.num_warps, 1, ("n_out", "n_in"))
+
+
+@pytest.mark.skipif(tuple(map(int, triton.__version__.split(".")[:2])) not in GLUON_VERSIONS, reason="another Gluon")
+def test_hopper_in_gluon() -> None:
+    builds = [hopper_build(launch, gelu) for launch in kernel.HOPPER_GLUON for gelu in (False, True)]
+    for build, result in zip(builds, compile_all(builds, 90)):
+        assert result.matrix_instructions == ["wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8"]
+        assert (
+            result.ptx.count("wgmma.wait_group.sync.aligned 1") == build.constants["CONSUMERS"]
+        )  # one stays in flight
+        assert result.spills == 0
+        assert result.shared <= SHARED_LIMIT[90]
 
 
 def test_ampere() -> None:

@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbokernels.quantize import kernel as quantize
 from turbokernels.rows import DTYPES, as_samples, gelu_tanh
-from turbokernels.tuning import Launch, best, capability
+from turbokernels.tuning import MAX_CANDIDATES, Launch, best, capability, has_gluon
 from turbokernels.w8a8 import reference
 from turbokernels.w8a8.reference import BLOCK
 
@@ -144,6 +144,18 @@ def _tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: 
     return Launch(num_warps, num_stages, **(blocks | flags))
 
 
+def _asynchronous(block_m: int, block_n: int, slots: int, num_warps: int, consumers: int, group: int) -> Launch:
+    """A launch of `kernel_hopper.py`: consumers of num_warps each, a ring of so many slots."""
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 128, "GROUP": group}
+    return Launch(num_warps, 1, **blocks, CONSUMERS=consumers, SLOTS=slots)
+
+
+HOPPER_GLUON = [
+    _asynchronous(128, 128, 5, 4, 2, 8),
+    _asynchronous(128, 128, 5, 4, 2, 16),
+    _asynchronous(128, 256, 3, 8, 1, 8),
+    _asynchronous(256, 128, 3, 8, 1, 8),
+]
 # Triton waits for integer matrix instructions at the end of every step of K, so two programs per processor that fill each
 # other's gaps come first, and tiles whose steps are long next.
 HOPPER_POINTERS = [_tile(128, 128, 128, 8, 3, GROUP=16)]
@@ -163,7 +175,9 @@ def row_candidates(device: torch.device, describable: bool) -> list[Launch]:
     """Launches of the row kernel, best guess first; `describable`: whether operands can be tensor descriptors."""
     if capability(device)[0] != 9:
         return OTHERS
-    return [*HOPPER_TMA, *HOPPER_POINTERS] if describable else HOPPER_POINTERS
+    if not describable:
+        return HOPPER_POINTERS
+    return [*(HOPPER_GLUON if has_gluon() else []), *HOPPER_TMA, *HOPPER_POINTERS][:MAX_CANDIDATES]
 
 
 def _describable(*operands: Tensor) -> bool:
@@ -174,6 +188,42 @@ def _described(x: Tensor, launch: Launch, rows: str, columns: str) -> Tensor | T
     if not launch["TMA"]:
         return x
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [launch[rows], launch[columns]])
+
+
+def _run_hopper(
+    x_MK: Tensor,
+    x_scale_M: Tensor,
+    w_NK: Tensor,
+    w_scale_N: Tensor,
+    bias_N: Tensor | None,
+    y_MN: Tensor,
+    gelu: bool,
+    launch: Launch,
+) -> None:
+    """As `_rows_kernel`, into y_MN."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor  # not in every Triton
+
+    from turbokernels.w8a8 import kernel_hopper
+
+    def described(x: Tensor, rows: str, columns: str) -> HopperDescriptor:
+        tile = [launch[rows], launch[columns]]
+        return HopperDescriptor(x, list(x.shape), list(x.stride()), tile, kernel_hopper.tile_layout(x.dtype, tile))
+
+    n_tiles = triton.cdiv(len(y_MN), launch["BLOCK_M"]) * triton.cdiv(len(w_NK), launch["BLOCK_N"])
+    kernel_hopper.rows_kernel[(min(n_tiles, _processors(x_MK.device)),)](
+        described(x_MK, "BLOCK_M", "BLOCK_K"),
+        described(w_NK, "BLOCK_N", "BLOCK_K"),
+        x_scale_M,
+        w_scale_N,
+        w_scale_N if bias_N is None else bias_N,
+        described(y_MN, "BLOCK_M", "BLOCK_N"),
+        *(*y_MN.shape, x_MK.shape[1]),
+        **{name: launch[name] for name in ("SLOTS", "CONSUMERS", "GROUP")},
+        BIAS=bias_N is not None,
+        GELU=gelu,
+        num_warps=launch.num_warps,
+        **OPTIONS,
+    )
 
 
 @torch.library.custom_op("turbokernels::w8a8_rows", mutates_args=())
@@ -192,6 +242,8 @@ def _linear_rows(
         return y_MN
 
     def run(launch: Launch) -> None:
+        if "CONSUMERS" in dict(launch.blocks):
+            return _run_hopper(x_MK, x_scale_M, w_NK, w_scale_N, bias_N, y_MN, gelu, launch)
         n_tiles = triton.cdiv(n_rows, launch["BLOCK_M"]) * triton.cdiv(n_out, launch["BLOCK_N"])
         programs = n_tiles
         if launch["PERSISTENT"]:
