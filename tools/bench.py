@@ -15,7 +15,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ MIN_CALLS, MAX_CALLS = 3, 200
 
 @dataclass
 class Timing:
-    """A line of the result. graphed: replayed from a CUDA graph. error: why there is no time."""
+    """A line of the result. check: what was found before, against its limit. graphed: replayed from a CUDA graph. error: why
+    there is no time."""
 
     shape: str
     name: str
@@ -45,6 +46,7 @@ class Timing:
     reference_ms: float | None = None
     beside: str | None = None
     speedup: float | None = None
+    check: str = ""
     graphed: bool = False
     error: str = ""
 
@@ -92,13 +94,14 @@ def _events(runs: Sequence[Call], count: int) -> list[float]:
 Measure = Callable[[Sequence[Call], float, bool], tuple[float, bool]]
 
 
-def time_row(row: Row, shape: str, red: Sequence[str], seconds: float, measure: Measure) -> Timing:
-    """One line. A red check or an exception gives a line without a time."""
+def time_row(row: Row, shape: str, results: Mapping[str, check.Result], seconds: float, measure: Measure) -> Timing:
+    """One line. A red or missing check, or an exception, gives a line without a time."""
     timing = Timing(shape, row.name, row.op, target_ms=row.target_ms, beside=row.beside)
-    failed = [name for name in row.checks if name in red]
+    failed = [name for name in row.checks if name not in results or not results[name].is_ok]
     if failed:
         timing.error = f"no speed: the check of {', '.join(failed)} is red"
         return timing
+    timing.check = "; ".join(check.worst(results[name]) for name in row.checks)
     try:
         timing.ms, timing.graphed = measure([row.make() for _ in range(OPERAND_SETS)], seconds, row.graphed)
         timing.tflops = row.flops / timing.ms / 1e9 if row.flops else None
@@ -110,41 +113,67 @@ def time_row(row: Row, shape: str, red: Sequence[str], seconds: float, measure: 
     return timing
 
 
-def time_rows(rows: Sequence[Row], shape: str, red: Sequence[str], seconds: float, measure: Measure) -> list[Timing]:
+def time_rows(
+    rows: Sequence[Row], shape: str, results: Mapping[str, check.Result], seconds: float, measure: Measure
+) -> list[Timing]:
     """All lines of a shape, with speed-ups over the lines they stand beside."""
     timings: dict[str, Timing] = {}
     for row in rows:
-        timing = timings[row.name] = time_row(row, shape, red, seconds, measure)
+        timing = timings[row.name] = time_row(row, shape, results, seconds, measure)
         peer = timings.get(row.beside or "")
         if timing.ms and peer and peer.ms:
             timing.speedup = peer.ms / timing.ms
     return list(timings.values())
 
 
+COLUMNS = ("shape", "op", "ms", "TFLOP/s", "TB/s", "target", "reference", "beside", "check")
+
+
+def cells(timing: Timing) -> list[str]:
+    """A line of the table, as text."""
+    if timing.ms is None:
+        return [timing.shape, timing.name, timing.error]
+    speeds = ("" if x is None else f"{x:.{digits}f}" for x, digits in ((timing.tflops, 0), (timing.tb_per_s, 2)))
+    times = ("" if x is None else f"{x:.3g}" for x in (timing.target_ms, timing.reference_ms))
+    beside = "" if timing.speedup is None else f"{timing.speedup:.2f}x {timing.beside}"
+    return [timing.shape, timing.name, f"{timing.ms:.3f}", *speeds, *times, beside, timing.check + timing.error]
+
+
 def table_of(timings: Sequence[Timing]) -> Table:
     """The result for the eye."""
-    table = Table(title="medians; a target that is met is green")
-    for column in ("shape", "op", "ms", "TFLOP/s", "TB/s", "target", "reference", "beside"):
-        table.add_column(column, justify="left" if column in ("shape", "op", "beside") else "right")
+    table = Table(title="medians; a target that is met is green; check: largest relative error against the reference")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("shape", "op", "beside", "check") else "right")
     for timing in timings:
-        if timing.ms is None:
-            table.add_row(timing.shape, timing.name, f"[red]{timing.error}")
-            continue
-        met = timing.target_ms is not None and timing.ms <= timing.target_ms
-        target = "" if timing.target_ms is None else f"[{'green' if met else 'yellow'}]{timing.target_ms:.3g}"
-        beside = "" if timing.speedup is None else f"{timing.speedup:.2f}x {timing.beside}"
-        speeds = ("" if x is None else f"{x:.{digits}f}" for x, digits in ((timing.tflops, 0), (timing.tb_per_s, 2)))
-        reference = "" if timing.reference_ms is None else f"{timing.reference_ms:.3g}"
-        beside += f" [red]{timing.error}" if timing.error else ""
-        table.add_row(timing.shape, timing.name, f"{timing.ms:.3f}", *speeds, target, reference, beside)
+        row = cells(timing)
+        if timing.error:
+            row[-1] = f"[red]{row[-1]}"
+        if timing.ms is not None and timing.target_ms is not None:
+            row[5] = f"[{'green' if timing.ms <= timing.target_ms else 'yellow'}]{row[5]}"
+        table.add_row(*row)
     return table
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table of a written result, for a README."""
+    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    for row in report["rows"]:
+        timing = Timing(**row)
+        line = cells(timing)
+        if timing.ms is not None and timing.target_ms is not None:
+            line[5] += " (met)" if timing.ms <= timing.target_ms else " (missed)"
+        lines.append(" | ".join(line))
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{report['gpu']}, {versions}, {report['date'][:10]}."
 
 
 def environment() -> dict[str, Any]:
     """What a reader needs to repeat the numbers."""
     import triton
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return {
         "gpu": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
@@ -160,6 +189,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
     parser.add_argument("--seconds", type=float, default=0.2, help="GPU time of each line (default %(default)s)")
     parser.add_argument("--output", type=Path, help="JSON file (default outputs/bench/<gpu>-<time>.json)")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="time nothing: print this result as Markdown")
     return parser.parse_args(arguments)
 
 
@@ -167,22 +197,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, time, print, write. Exit status: 0; 1 if a check is red, a line has no time, or there is no GPU."""
     options = parse(arguments)
     console = Console()
+    if options.show:
+        print(markdown(json.loads(options.show.read_text())))
+        return 0
     if not torch.cuda.is_available():
         console.print("torch sees no CUDA device: there is nothing to time")
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
     rows = {name: [row for row in Rows(SHAPES[name], device).all() if row.op in options.ops] for name in options.shapes}
     wanted = {name for shape in rows.values() for row in shape for name in row.checks}
-    results = []
-    for op in (op for op in check.ops_for(device) if op in wanted):
-        results.append(check.run_check(op, check.Case(device)))
-        console.print(check.describe(results[-1]), markup=False, highlight=False)
-    red = [result.op for result in results if not result.is_ok]
-    red += sorted(wanted - {result.op for result in results})  # what this GPU cannot run has no speed either
+    results: dict[str, check.Result] = {}
+    for op in (op for op in check.ops_for(device) if op in wanted):  # what this GPU cannot run has no speed either
+        results[op] = check.run_check(op, check.Case(device))
+        console.print(check.describe(results[op]), markup=False, highlight=False)
 
     timings: list[Timing] = []
     for name, shape_rows in rows.items():
-        timings += time_rows(shape_rows, name, red, options.seconds, measure)
+        timings += time_rows(shape_rows, name, results, options.seconds, measure)
         torch.cuda.empty_cache()
     console.print(table_of(timings))
 
@@ -191,11 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = f"{tuning.table_name(about['gpu']).removesuffix('.json')}-{stamp}.json"
     path = options.output or Path("outputs") / "bench" / file
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {**about, "checks": [asdict(result) for result in results], "rows": [asdict(timing) for timing in timings]}
+    report = {
+        **about,
+        "checks": [asdict(result) for result in results.values()],
+        "rows": [asdict(timing) for timing in timings],
+    }
     report["launches"] = {", ".join(key): launch.to_json() for key, launch in tuning.choices().items()}
     path.write_text(json.dumps(report, indent=1))
     console.print(f"written: {path}")
-    return 1 if red or any(timing.error for timing in timings) else 0
+    return 1 if any(timing.error for timing in timings) else 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ GRADIENTS = 0.02  # of which there are several in a row
 QUANTISED = 0.03  # 8-bit roundings fall otherwise where sums have another order
 # e4m3 probabilities are rounded relative to the largest score so far, in the reference relative to the row's largest: two
 # roundings of 2.5% each that have little in common.
-QUANTISED_ATTENTION = 0.04
+QUANTISED_ATTENTION = 0.03
 
 
 @dataclass(frozen=True)
@@ -291,13 +291,16 @@ def run_check(op: str, case: Case) -> Result:
     return result
 
 
+def worst(result: Result) -> str:
+    """The part that is worst against its limit, of a check that ran."""
+    # A NaN is worse than any number.
+    part = max(result.parts, key=lambda part: (part.error != part.error, part.error / part.limit))
+    return f"{part.name} {part.error:.1e}, limit {part.limit:.0e}"
+
+
 def describe(result: Result) -> str:
-    """A row of the table: the result that is worst against its limit."""
-    found = result.message
-    if not found:
-        # A NaN is worse than any number.
-        worst = max(result.parts, key=lambda part: (part.error != part.error, part.error / part.limit))
-        found = f"{worst.name} {worst.error:.1e}, limit {worst.limit:.0e}"
+    """A row of the table."""
+    found = result.message or worst(result)
     return f"{'ok ' if result.is_ok else 'RED'}  {result.op:26} {result.seconds:6.1f} s  {found}"
 
 

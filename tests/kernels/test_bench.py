@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -47,14 +49,18 @@ def fails() -> Call:
     raise torch.OutOfMemoryError("no room\nat all")
 
 
-def test_failures_cost_their_own_line_only() -> None:
+def test_failures_cost_their_own_line_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         Row("peer", "sdpa", lambda: lambda: None, flops=4e12),
         Row("broken", "sparse", fails, flops=1.0, target_ms=1.0),
         Row("wrong", "sparse", lambda: lambda: None, ("sparse_attention",), flops=1.0),
         Row("right", "sparse", lambda: lambda: None, ("select_blocks",), bytes=8e9, beside="peer", target_ms=3.0),
     ]
-    timings = bench.time_rows(rows, "tiny", ["sparse_attention"], 0.1, fake_measure)
+    results = {
+        "sparse_attention": check.Result("sparse_attention", [check.Part("o", 0.5, 0.01)]),
+        "select_blocks": check.Result("select_blocks", [check.Part("lists", 0.001, 0.02)]),
+    }
+    timings = bench.time_rows(rows, "tiny", results, 0.1, fake_measure)
     peer, broken, wrong, right = timings
     assert (peer.ms, peer.tflops, peer.tb_per_s) == (2.0, 2000.0, None)
     assert (broken.ms, broken.error) == (None, "OutOfMemoryError: no room")
@@ -65,6 +71,14 @@ def test_failures_cost_their_own_line_only() -> None:
     text = console.export_text()
     assert "no room" in text
     assert "1.00x peer" in text
+    assert "lists 1.0e-03, limit 2e-02" in text
+    report = {"gpu": "G", "versions": {"torch": "2"}, "date": "2026-01-02T03", "rows": [asdict(x) for x in timings]}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(report))
+    assert bench.main(["--show", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "| tiny | right | 2.000 |  | 4.00 | 3 (met) |  | 1.00x peer | lists 1.0e-03, limit 2e-02 |" in shown
+    assert "G, torch 2, 2026-01-02." in shown
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
