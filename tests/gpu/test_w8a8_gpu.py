@@ -28,12 +28,12 @@ def test_odd_shapes(shape: tuple[int, ...], n_out: int, scheme: str, dtype: torc
 
 @pytest.mark.parametrize("index", range(8))
 def test_every_launch(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All candidates compute the same; shapes with ragged tiles in every direction."""
+    """All candidates compute the same; shapes with ragged tiles in every direction, and many tiles for one program."""
     candidates = kernel.row_candidates(torch.device("cuda"), True)
     if index >= len(candidates):
         pytest.skip(f"this GPU has {len(candidates)} candidates")
     monkeypatch.setattr(kernel, "row_candidates", lambda *_: [candidates[index]])
-    for shape, n_out in (((2500, 1536), 1000), ((1, 390, 272), 48), ((4000, 5120), 640)):
+    for shape, n_out in (((2500, 1536), 1000), ((1, 390, 272), 48), ((4000, 5120), 640), ((20000, 272), 640)):
         cases.check_linear(shape, n_out, "int8_channel", torch.bfloat16, "cuda")
         cases.check_linear(shape, n_out, "int8_channel", torch.bfloat16, "cuda", activation="gelu_tanh")
 

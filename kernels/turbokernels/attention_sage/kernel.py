@@ -2,15 +2,15 @@
 
 Three passes over memory prepare the operands, then one kernel attends:
 
-    statistics   the sum of k and the largest |v| of each channel, partial per program: smoothing and v's scales
+    statistics   the mean of k and the scale of v of each channel: what several programs found, then one for all
     rows         q, and k minus its mean, to int8 with one scale per block of tokens; q's scale holds the softmax's
-    values       v to e4m3 with one scale per channel, transposed: Hopper's 8-bit products want tokens contiguous in both
-                 operands; or to float16
-    attend       int8 scores, online softmax in float32, P V in e4m3 or float16
+    values       v to e4m3 with one scale per channel, transposed in tiles: Hopper's 8-bit products want tokens
+                 contiguous in both operands; or to float16
+    attend       int8 scores, online softmax in float32, P V in e4m3 or float16; on Hopper, `kernel_hopper.py`
 
-8-bit operands are packed (batch * heads first) and padded to whole blocks with zeros, so that the loop over blocks has
-no masks; only a row's last kept block can be ragged. Hopper's e4m3 products keep about 14 bits of their sums: each key
-tile is summed on its own and added in float32.
+The tokens of e4m3 values are in `product_order`. 8-bit operands are packed (batch * heads first) and padded to whole
+blocks with zeros, so that the loop over blocks has no masks; only a row's last kept block can be ragged. Hopper's e4m3
+products keep about 14 bits of their sums: each key tile is summed on its own and added in float32.
 
 In kernels: G batch * heads, R query rows of a program, T keys of one step, D head dim, W width of int8 rows (D, at least
 32: an 8-bit product is no narrower).
@@ -48,6 +48,22 @@ def to_fp8(b_x):
     return to_8_bits(b_x, tl.float8e4nv)
 
 
+@triton.jit
+def product_order(b_x):
+    """[X, T] with the columns 8b + 2c + d of every 16 at 4c + 2b + d: in this order of keys, a thread that has summed
+    scores holds the probabilities that the next product wants of it, and nothing moves between threads."""
+    X: tl.constexpr = b_x.shape[0]
+    T: tl.constexpr = b_x.shape[1]
+    b_x = tl.permute(tl.reshape(b_x, (X, T // 16, 2, 4, 2)), (0, 1, 3, 2, 4))
+    return tl.reshape(b_x, (X, T))
+
+
+@triton.constexpr_function
+def tokens_of(block: int) -> int:
+    """Of e4m3 values, how many tokens of a channel lie side by side: a tile that one copy moves is contiguous."""
+    return min(block, 64)
+
+
 @triton.jit(do_not_specialize=("length", "tiles_per_program"))
 def statistics_kernel(
     p_k,
@@ -64,6 +80,7 @@ def statistics_kernel(
     tiles_per_program,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # of a block, summed apart: as many as all threads load at once
 ):
     i_split, i_g = tl.program_id(0), tl.program_id(1)
     p_k += head_offset(i_g, heads, stride_kb, stride_kn)
@@ -72,37 +89,41 @@ def statistics_kernel(
     # The order of a sum depends on the strides, through the layout that suits their loads; 8-bit values must not. Sums of
     # float32 are float64, which rounds to the same float32 in any order; those of 16-bit values lose next to nothing.
     dtype: tl.constexpr = tl.float64 if p_k.dtype.element_ty == tl.float32 else tl.float32
-    b_sum = tl.zeros((D,), dtype)
-    b_bits = tl.zeros((D,), tl.int32)  # of the largest |v|
+    # A thread adds up the rows that it has loaded; threads meet once, at the end.
+    b_sum = tl.zeros((ROWS, D), dtype)
+    b_bits = tl.zeros((ROWS, D), tl.int32)  # of the largest |v|
     first = i_split * tiles_per_program
     for i_tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(length, BLOCK))):
         i_t = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
         b_k = tl.load(p_k + i_t * stride_kl + i_d[None, :], mask=i_t < length, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + i_t * stride_vl + i_d[None, :], mask=i_t < length, other=0.0).to(tl.float32)
-        b_sum += tl.sum(b_k.to(dtype), 0)
-        b_bits = tl.maximum(b_bits, largest_magnitude(b_v, 0).to(tl.int32, bitcast=True))
+        b_sum += tl.sum(tl.reshape(b_k.to(dtype), (BLOCK // ROWS, ROWS, D)), 0)
+        b_v = tl.reshape(tl.abs(b_v).to(tl.int32, bitcast=True), (BLOCK // ROWS, ROWS, D))
+        b_bits = tl.maximum(b_bits, tl.max(b_v, 0))
     p_partial += (i_g.to(tl.int64) * 2 * SPLITS + i_split) * D + i_d
-    tl.store(p_partial, b_sum.to(tl.float32))
-    tl.store(p_partial + SPLITS * D, b_bits.to(tl.float32, bitcast=True))
+    tl.store(p_partial, tl.sum(b_sum, 0).to(tl.float32))
+    tl.store(p_partial + SPLITS * D, tl.max(b_bits, 0).to(tl.float32, bitcast=True))
 
 
-@triton.jit
-def load_partial(p_partial, i_g, i_d, KIND: tl.constexpr, D: tl.constexpr):
-    """[SPLITS, channels i_d] of one kind of statistics of a head; channels past D are 0."""
-    p_partial += ((i_g.to(tl.int64) * 2 + KIND) * SPLITS + tl.arange(0, SPLITS)[:, None]) * D
-    return tl.load(p_partial + i_d[None, :], mask=(i_d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def load_value_scale(p_partial, i_g, i_d, D: tl.constexpr):
-    """The scale of v's channels i_d."""
-    return safe_scale(largest_magnitude(load_partial(p_partial, i_g, i_d, 1, D), 0), 448.0)
+@triton.jit(do_not_specialize=("length",))
+def combine_kernel(
+    p_partial,
+    p_mean,  # float32 (G, D): of k
+    p_scale,  # float32 (G, D): of v in e4m3
+    length,
+    D: tl.constexpr,
+):
+    i_g, i_d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
+    p_partial += i_g * 2 * SPLITS * D + tl.arange(0, SPLITS)[:, None] * D + i_d[None, :]
+    tl.store(p_mean + i_g * D + i_d, tl.sum(tl.load(p_partial), 0) / length)
+    b_largest = largest_magnitude(tl.load(p_partial + SPLITS * D), 0)
+    tl.store(p_scale + i_g * D + i_d, safe_scale(b_largest, 448.0))
 
 
 @triton.jit(do_not_specialize=("length",))
 def rows_kernel(
     p_x,
-    p_partial,  # float32 (G, 2, SPLITS, D), read if SMOOTH
+    p_mean,  # float32 (G, D), read if SMOOTH
     p_values,  # int8 (G, blocks * BLOCK, W)
     p_scale,  # float32 (G, blocks)
     stride_b,
@@ -124,8 +145,8 @@ def rows_kernel(
     p_x += head_offset(i_g, heads, stride_b, stride_n)
     b_x = tl.load(p_x + i_t * stride_l + i_d, mask=m_x, other=0.0).to(tl.float32)
     if SMOOTH:
-        b_mean = tl.sum(load_partial(p_partial, i_g, tl.arange(0, W), 0, D), 0) / length
-        b_x = tl.where(m_x, b_x - b_mean[None, :], 0.0)
+        b_mean = tl.load(p_mean + i_g * D + i_d, mask=i_d < D, other=0.0)  # [1, W]
+        b_x = tl.where(m_x, b_x - b_mean, 0.0)
     scale = safe_scale(largest_magnitude(largest_magnitude(b_x, 1), 0), 127.0)
     i_block = i_g.to(tl.int64) * tl.num_programs(0) + i_block
     p_values += (i_block * BLOCK + tl.arange(0, BLOCK))[:, None] * W + i_d
@@ -136,8 +157,8 @@ def rows_kernel(
 @triton.jit(do_not_specialize=("length",))
 def values_kernel(
     p_v,
-    p_partial,  # float32 (G, 2, SPLITS, D), read if FP8
-    p_values,  # e4m3 (G, D, blocks * BLOCK) if FP8, else float16 (G, blocks * BLOCK, D)
+    p_scale,  # float32 (G, D), read if FP8
+    p_values,  # e4m3 (G, blocks * BLOCK / TOKENS, D, TOKENS) if FP8, else float16 (G, blocks * BLOCK, D)
     stride_b,
     stride_l,
     stride_n,
@@ -154,25 +175,30 @@ def values_kernel(
     p_v += head_offset(i_g, heads, stride_b, stride_n)
     m_t = (i_t < length)[:, None]
     b_v = tl.load(p_v + i_t[:, None] * stride_l + i_d[None, :], mask=m_t, other=0.0)
-    padded = tl.num_programs(0).to(tl.int64) * BLOCK
-    p_values += i_g.to(tl.int64) * padded * D
+    p_values += (i_g.to(tl.int64) * tl.num_programs(0) + i_block) * BLOCK * D
+    rows = tl.arange(0, BLOCK)
     if FP8:
-        b_scale = load_value_scale(p_partial, i_g, i_d, D)
-        b_values = to_fp8(b_v.to(tl.float32) * (1.0 / b_scale)[None, :])
-        tl.store(p_values + i_d[:, None] * padded + i_t[None, :], tl.trans(b_values))
+        b_inverse = 1.0 / tl.load(p_scale + i_g * D + i_d)
+        b_values = to_fp8(b_v.to(tl.float32) * b_inverse[None, :])
+        TOKENS: tl.constexpr = tokens_of(BLOCK)
+        offsets = (rows // TOKENS * D * TOKENS + rows % TOKENS)[None, :] + i_d[:, None] * TOKENS
+        tl.store(p_values + offsets, product_order(tl.trans(b_values)))
     else:
-        tl.store(p_values + i_t[:, None] * D + i_d[None, :], b_v.to(tl.float16))
+        tl.store(p_values + rows[:, None] * D + i_d[None, :], b_v.to(tl.float16))
 
 
 @triton.jit
-def load_keys(p_k, p_v, i_key, padded, FP8: tl.constexpr, D: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr):
+def load_keys(
+    p_k, p_v, i_key, TOKENS: tl.constexpr, FP8: tl.constexpr, D: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr
+):
     """k [T, W] and the pieces [T, CHANNELS] of v, of the keys i_key (int64), in their 8- or 16-bit formats."""
     b_k = tl.load(p_k + i_key[:, None] * W + tl.arange(0, W)[None, :])
     v = ()
     for i_piece in tl.static_range(D // CHANNELS):
         i_d = i_piece * CHANNELS + tl.arange(0, CHANNELS)
         if FP8:
-            b_v = tl.trans(tl.load(p_v + i_d[:, None] * padded + i_key[None, :]))
+            i_token = i_key // TOKENS * D * TOKENS + i_key % TOKENS
+            b_v = tl.trans(tl.load(p_v + i_d[:, None] * TOKENS + i_token[None, :]))
         else:
             b_v = tl.load(p_v + i_key[:, None] * D + i_d[None, :])
         v = v + (b_v,)  # noqa: RUF005 (Triton has no starred tuples)
@@ -185,7 +211,7 @@ def add_keys(o, b_sum, b_max, b_new, b_p, v, FP8: tl.constexpr):
     b_alpha = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
     if FP8:
-        b_p = to_fp8(b_p)
+        b_p = product_order(to_fp8(b_p))
     else:
         b_p = b_p.to(tl.float16)
     new_o = ()
@@ -226,7 +252,7 @@ def attend_kernel(
     p_v,  # see `values_kernel`
     p_q_scale,  # float32 (G, n_q_blocks), with the softmax's scale in units of log2
     p_k_scale,  # float32 (G, n_k_blocks)
-    p_partial,  # for v's scales, read if FP8
+    p_v_scale,  # float32 (G, D), read if FP8
     p_kept,  # int32 (G, n_q_blocks, n_kept), read if SPARSE
     p_o,
     stride_ob,
@@ -250,6 +276,7 @@ def attend_kernel(
 ):
     i_tile, i_g = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i_block = i_tile // (BLOCK_Q // ROWS)
+    TOKENS: tl.constexpr = tokens_of(BLOCK_K)
     padded_k = n_k_blocks.to(tl.int64) * BLOCK_K
     p_k += i_g * padded_k * W
     p_v += i_g * padded_k * D
@@ -276,13 +303,13 @@ def attend_kernel(
             if SPARSE:
                 i_next = tl.load(p_kept + (i_step + 1) // PARTS)
             i_key = (i_k * BLOCK_K + (i_step % PARTS) * KEYS + i_t).to(tl.int64)
-            b_k, v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W, CHANNELS)
+            b_k, v = load_keys(p_k, p_v, i_key, TOKENS, FP8, D, W, CHANNELS)
             scale = q_scale * tl.load(p_k_scale + i_k)
             o, b_sum, b_max = step(o, b_sum, b_max, b_q, b_k, v, scale, FP8)
         i_k = tl.load(p_kept + n_kept - 1) if SPARSE else n_kept - 1
         for i_part in tl.static_range(PARTS):
             i_key = (i_k * BLOCK_K + i_part * KEYS + i_t).to(tl.int64)
-            b_k, v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W, CHANNELS)
+            b_k, v = load_keys(p_k, p_v, i_key, TOKENS, FP8, D, W, CHANNELS)
             scale = q_scale * tl.load(p_k_scale + i_k)
             o, b_sum, b_max = masked_step(o, b_sum, b_max, b_q, b_k, v, scale, i_key < length_k, FP8)
     else:
@@ -292,7 +319,7 @@ def attend_kernel(
             m_slot = i_slot < n_kept
             i_k = tl.load(p_kept + i_slot, mask=m_slot, other=0) if SPARSE else tl.where(m_slot, i_slot, 0)
             i_key = (i_k * BLOCK_K + i_t % BLOCK_K).to(tl.int64)
-            b_k, v = load_keys(p_k, p_v, i_key, padded_k, FP8, D, W, CHANNELS)
+            b_k, v = load_keys(p_k, p_v, i_key, TOKENS, FP8, D, W, CHANNELS)
             b_scale = (q_scale * tl.load(p_k_scale + i_k))[None, :]
             m_key = m_slot & (i_key < length_k)
             o, b_sum, b_max = masked_step(o, b_sum, b_max, b_q, b_k, v, b_scale, m_key, FP8)
@@ -303,5 +330,5 @@ def attend_kernel(
         i_d = i_piece * CHANNELS + tl.arange(0, CHANNELS)
         b_o = o[i_piece] * b_inverse
         if FP8:
-            b_o *= load_value_scale(p_partial, i_g, i_d, D)[None, :]
+            b_o *= tl.load(p_v_scale + i_g * D + i_d)[None, :]
         tl.store(p_o + i_d[None, :], b_o.to(p_o.dtype.element_ty), mask=(i_row < length_q)[:, None])

@@ -14,7 +14,7 @@ from torch import Tensor
 from turbokernels.attention_sage import kernel, reference
 from turbokernels.attention_tiles import check_kernel_operands, strides_of
 from turbokernels.blocks import BlockMask
-from turbokernels.tuning import Launch, best, capability, interpreted, shared_memory
+from turbokernels.tuning import Launch, best, capability, has_gluon, interpreted, shared_memory
 
 NARROWEST = 32  # int8 values of a row, and keys of a step: what an 8-bit product needs
 SPLITS = kernel.SPLITS.value
@@ -31,6 +31,22 @@ def _check(op: str, q: Tensor, pv: str) -> None:
 
 
 def _candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
+    """On Hopper with fp8 `hopper_candidates`, then those of `kernel.py`, at most 8."""
+    candidates = portable_candidates(q, block_q, block_k, pv)
+    if pv == "fp8" and capability(q.device)[0] == 9 and has_gluon():
+        candidates = [*hopper_candidates(q.shape[3], block_q, block_k), *candidates]
+    return candidates[:8]
+
+
+def hopper_candidates(dim: int, block_q: int, block_k: int) -> list[Launch]:
+    """Launches of `kernel_hopper.py`, none where it does not apply. SLOTS: pairs of tiles in the ring. Two programs share
+    a processor; Triton deals out their registers by warps: more to those that compute."""
+    if dim < 64 or block_q < 64 or block_k < 64:
+        return []
+    return [Launch(4, 1, SLOTS=slots, maxnreg=128) for slots in (3, 2)]
+
+
+def portable_candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
     """ROWS queries per program, KEYS per step, CHANNELS of v per product. Each warp holds 16 rows of the output.
 
     fp8's products need registers of their own besides the output's. On Hopper, in two pieces and with 128 registers per
@@ -52,7 +68,7 @@ def _candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
 
 
 def _rows(
-    x: Tensor, partial: Tensor, block: int, n_blocks: int, factor: float, smooth: bool, width: int
+    x: Tensor, mean: Tensor, block: int, n_blocks: int, factor: float, smooth: bool, width: int
 ) -> tuple[Tensor, Tensor]:
     """int8 (G, n_blocks * block, width) and float32 scales (G, n_blocks) of x (B, L, N, D)."""
     batch, length, heads, dim = x.shape
@@ -61,37 +77,73 @@ def _rows(
     scale = torch.empty(groups, n_blocks, dtype=torch.float32, device=x.device)
     launch = Launch(8 if block >= 64 else 4, 1, BLOCK=block)
     kernel.rows_kernel[n_blocks, groups](
-        *(x, partial, values, scale, *strides_of(x), heads, length, factor),
+        *(x, mean, values, scale, *strides_of(x), heads, length, factor),
         **launch.kwargs(SMOOTH=smooth, D=dim, W=width),
     )
     return values, scale
 
 
-def _statistics(k: Tensor, v: Tensor) -> Tensor:
-    """Partial sums of k and largest |v| per channel, float32 (G, 2, SPLITS, D)."""
+def _statistics(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of k and the scale of v in e4m3 of each channel, float32 (G, D)."""
     batch, length, heads, dim = k.shape
-    partial = torch.empty(batch * heads, 2, SPLITS, dim, dtype=torch.float32, device=k.device)
-    launch = Launch(8, 3, BLOCK=64)
+    groups = batch * heads
+    partial = torch.empty(groups, 2, SPLITS, dim, dtype=torch.float32, device=k.device)
+    mean, scale = torch.empty(2, groups, dim, dtype=torch.float32, device=k.device).unbind(0)
+    launch = Launch(8, 1, BLOCK=64, ROWS=16)
     tiles_per_program = -(-length // (launch["BLOCK"] * SPLITS))
-    kernel.statistics_kernel[SPLITS, batch * heads](
+    kernel.statistics_kernel[SPLITS, groups](
         *(k, v, partial, *strides_of(k), *strides_of(v), heads, length, tiles_per_program),
         **launch.kwargs(D=dim),
     )
-    return partial
+    kernel.combine_kernel[groups,](partial, mean, scale, length, D=dim)  # pyright: ignore[reportArgumentType]
+    return mean, scale
 
 
-def _values(v: Tensor, partial: Tensor, block: int, n_blocks: int, fp8: bool) -> Tensor:
-    """v in the format of P V, padded to whole blocks: e4m3 (G, D, J * block) or float16 (G, J * block, D)."""
+def _values(v: Tensor, scale: Tensor, block: int, n_blocks: int, fp8: bool) -> Tensor:
+    """v in the format of P V, padded to whole blocks: e4m3 (G, J * block / tokens, D, tokens) with the tokens of
+    `kernel.tokens_of`, or float16 (G, J * block, D)."""
     batch, length, heads, dim = v.shape
-    padded = n_blocks * block
-    shape = (batch * heads, dim, padded) if fp8 else (batch * heads, padded, dim)
-    values = torch.empty(shape, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=v.device)
+    tokens = kernel.tokens_of(block)
+    tiles = (n_blocks * block // tokens, dim, tokens) if fp8 else (n_blocks * block, dim)
+    values = torch.empty(batch * heads, *tiles, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=v.device)
     launch = Launch(8 if block >= 64 else 4, 1, BLOCK=block)
     kernel.values_kernel[n_blocks, batch * heads](
-        *(v, partial, values, *strides_of(v), heads, length),
+        *(v, scale, values, *strides_of(v), heads, length),
         **launch.kwargs(FP8=fp8, D=dim),
     )
     return values
+
+
+def _attend_hopper(
+    q_values: Tensor,
+    k_values: Tensor,
+    values: Tensor,
+    scales: tuple[Tensor, ...],
+    lists: Tensor,
+    o: Tensor,
+    sizes: tuple[int, ...],
+    sparse: bool,
+    blocks: tuple[int, int],
+    launch: Launch,
+) -> None:
+    """As `attend_kernel` of `kernel.py`, into o."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # here: not every Triton has it
+
+    from turbokernels.attention_sage import kernel_hopper
+
+    rows, keys = kernel_hopper.ROWS.value, kernel_hopper.TILE.value
+
+    def described(x: Tensor, tile: list[int]) -> TensorDescriptor:
+        flat = x.flatten(0, -2)
+        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), tile, kernel_hopper.tile_layout(x, tile))
+
+    (block_q, block_k), (_, _, n_q_blocks, _, _) = blocks, sizes
+    programs = n_q_blocks * (block_q // rows)
+    kernel_hopper.attend_kernel[programs, q_values.shape[0]](
+        *(described(q_values, [rows, q_values.shape[2]]), described(k_values, [keys, k_values.shape[2]])),
+        *(described(values, [values.shape[2], keys]), *scales, lists, o, *strides_of(o), o.shape[2], *sizes),
+        **launch.kwargs(SPARSE=sparse, BLOCK_Q=block_q, BLOCK_K=block_k),
+    )
 
 
 @torch.library.custom_op(
@@ -107,17 +159,21 @@ def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, 
     n_kept = n_k_blocks if kept is None else kept.shape[3]
     width, fp8 = max(NARROWEST, dim), pv == "fp8"
 
-    partial = _statistics(k, v)
-    q_values, q_scale = _rows(q, partial, block_q, n_q_blocks, LOG2E * dim**-0.5, False, width)
-    k_values, k_scale = _rows(k, partial, block_k, n_k_blocks, 1.0, True, width)
-    values = _values(v, partial, block_k, n_k_blocks, fp8)
-    lists = q_scale if kept is None else kept.contiguous()  # without lists: any pointer, never read
+    mean, v_scale = _statistics(k, v)
+    q_values, q_scale = _rows(q, mean, block_q, n_q_blocks, LOG2E * dim**-0.5, False, width)
+    k_values, k_scale = _rows(k, mean, block_k, n_k_blocks, 1.0, True, width)
+    values = _values(v, v_scale, block_k, n_k_blocks, fp8)
+    scales = q_scale, k_scale, v_scale
+    blocks, sizes = (block_q, block_k), (length_q, length_k, n_q_blocks, n_k_blocks, n_kept)
+    lists = q_scale.view(torch.int32) if kept is None else kept.contiguous()  # without lists: never read
 
     def run(launch: Launch) -> Tensor:
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if "SLOTS" in dict(launch.blocks):
+            _attend_hopper(q_values, k_values, values, scales, lists, o, sizes, kept is not None, blocks, launch)
+            return o
         kernel.attend_kernel[n_q_blocks * (block_q // launch["ROWS"]), groups](
-            *(q_values, k_values, values, q_scale, k_scale, partial, lists, o, *strides_of(o)),
-            *(heads, length_q, length_k, n_q_blocks, n_k_blocks, n_kept),
+            *(q_values, k_values, values, *scales, lists, o, *strides_of(o), heads, *sizes),
             **launch.kwargs(SPARSE=kept is not None, FP8=fp8, D=dim, W=width, BLOCK_Q=block_q, BLOCK_K=block_k),
         )
         return o

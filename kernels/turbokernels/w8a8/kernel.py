@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from turbokernels.quantize import kernel as quantize
 from turbokernels.rows import DTYPES, as_samples, gelu_tanh
-from turbokernels.tuning import MAX_CANDIDATES, Launch, best, capability, has_gluon
+from turbokernels.tuning import Launch, best, capability, has_gluon
 from turbokernels.w8a8 import reference
 from turbokernels.w8a8.reference import BLOCK
 
@@ -150,11 +150,11 @@ def _asynchronous(block_m: int, block_n: int, slots: int, num_warps: int, consum
     return Launch(num_warps, 1, **blocks, CONSUMERS=consumers, SLOTS=slots)
 
 
+# Two groups that take turns on tiles of their own; or two that share one, which reads less and leaves gaps between tiles.
 HOPPER_GLUON = [
-    _asynchronous(128, 128, 5, 4, 2, 8),
     _asynchronous(128, 128, 5, 4, 2, 16),
+    _asynchronous(128, 128, 5, 4, 2, 8),
     _asynchronous(128, 256, 3, 8, 1, 8),
-    _asynchronous(256, 128, 3, 8, 1, 8),
 ]
 # Triton waits for integer matrix instructions at the end of every step of K, so two programs per processor that fill each
 # other's gaps come first, and tiles whose steps are long next.
@@ -163,8 +163,6 @@ HOPPER_TMA = [
     _tile(128, 128, 128, 8, 3, GROUP=16, TMA=1),
     _tile(128, 128, 128, 8, 2, GROUP=16, TMA=1, PERSISTENT=2),
     _tile(128, 128, 128, 4, 3, GROUP=16, TMA=1),
-    _tile(128, 128, 128, 8, 3, GROUP=8, TMA=1),
-    _tile(256, 128, 128, 8, 3, GROUP=16, TMA=1, PERSISTENT=1),
     _tile(128, 256, 128, 8, 3, GROUP=16, TMA=1, PERSISTENT=1),
     _tile(256, 128, 256, 8, 2, GROUP=16, TMA=1),
 ]
@@ -177,7 +175,7 @@ def row_candidates(device: torch.device, describable: bool) -> list[Launch]:
         return OTHERS
     if not describable:
         return HOPPER_POINTERS
-    return [*(HOPPER_GLUON if has_gluon() else []), *HOPPER_TMA, *HOPPER_POINTERS][:MAX_CANDIDATES]
+    return [*HOPPER_GLUON, *HOPPER_TMA] if has_gluon() else [*HOPPER_TMA, *HOPPER_POINTERS]
 
 
 def _describable(*operands: Tensor) -> bool:
