@@ -11,6 +11,8 @@ Names as in `kernel.py`. R = 64 query rows of a program, T = 64 keys of a tile, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,9 +24,10 @@ TILE = gl.constexpr(64)
 LOG2_FP8_MAX = gl.constexpr(8.807354922057604)  # as in `kernel.py`
 
 
-def tile_layout(x: torch.Tensor, tile: list[int]) -> gl.NVMMASharedLayout:
+@functools.cache
+def tile_layout(dtype: torch.dtype, rows: int, columns: int) -> gl.NVMMASharedLayout:
     """How tiles of an 8-bit operand lie in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(tile, gl.int8 if x.dtype == torch.int8 else gl.float8e4nv)
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.int8 if dtype == torch.int8 else gl.float8e4nv)
 
 
 @gluon.jit

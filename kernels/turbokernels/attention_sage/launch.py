@@ -103,7 +103,7 @@ def _values(v: Tensor, scale: Tensor, block: int, n_blocks: int, fp8: bool) -> T
     """v in the format of P V, padded to whole blocks: e4m3 (G, J * block / tokens, D, tokens) with the tokens of
     `kernel.tokens_of`, or float16 (G, J * block, D)."""
     batch, length, heads, dim = v.shape
-    tokens = kernel.tokens_of(block)
+    tokens: int = kernel.tokens_of(block)  # pyright: ignore[reportAssignmentType]
     tiles = (n_blocks * block // tokens, dim, tokens) if fp8 else (n_blocks * block, dim)
     values = torch.empty(batch * heads, *tiles, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=v.device)
     launch = Launch(8 if block >= 64 else 4, 1, BLOCK=block)
@@ -135,7 +135,9 @@ def _attend_hopper(
 
     def described(x: Tensor, tile: list[int]) -> TensorDescriptor:
         flat = x.flatten(0, -2)
-        return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), tile, kernel_hopper.tile_layout(x, tile))
+        return TensorDescriptor(
+            flat, list(flat.shape), list(flat.stride()), tile, kernel_hopper.tile_layout(x.dtype, *tile)
+        )
 
     (block_q, block_k), (_, _, n_q_blocks, _, _) = blocks, sizes
     programs = n_q_blocks * (block_q // rows)

@@ -205,7 +205,7 @@ def _run_hopper(
 
     def described(x: Tensor, rows: str, columns: str) -> HopperDescriptor:
         tile = [launch[rows], launch[columns]]
-        return HopperDescriptor(x, list(x.shape), list(x.stride()), tile, kernel_hopper.tile_layout(x.dtype, tile))
+        return HopperDescriptor(x, list(x.shape), list(x.stride()), tile, kernel_hopper.tile_layout(x.dtype, *tile))
 
     n_tiles = triton.cdiv(len(y_MN), launch["BLOCK_M"]) * triton.cdiv(len(w_NK), launch["BLOCK_N"])
     kernel_hopper.rows_kernel[(min(n_tiles, _processors(x_MK.device)),)](
