@@ -9,12 +9,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from turbokernels.attention_sage.launch import candidates as sage_candidates
 from turbokernels.attention_sparse.kernel import forward_candidates
 from turbokernels.attention_sparse.kernel_backward import backward_kv_candidates, backward_q_candidates
 from turbokernels.attention_sparse.kernel_jvp import jvp_candidates
 from turbokernels.attention_tiles import Gpu
 from turbokernels.blocks import BLOCK_SIZES
 from turbokernels.tuning import MAX_CANDIDATES
+from turbokernels.w8a8.kernel import HOPPER_GLUON, HOPPER_POINTERS, HOPPER_TMA
 
 GPUS = [
     Gpu((8, 0), 163 << 10),
@@ -35,3 +37,14 @@ def test_tiles_divide_blocks(of, dtype: torch.dtype) -> None:
             assert block_q % launch["R"] == 0
             assert block_k % launch["T"] == 0
             assert min(launch["R"], launch["T"]) >= 16  # the smallest product
+
+
+def test_quantised_attention_has_few_and_distinct_candidates() -> None:
+    for block_q, block_k, dim, pv in itertools.product(BLOCK_SIZES, BLOCK_SIZES, (16, 32, 64, 128), ("fp8", "fp16")):
+        launches = sage_candidates(torch.empty(1, 1, 1, dim), block_q, block_k, pv)
+        assert 1 <= len(set(launches)) == len(launches) <= MAX_CANDIDATES
+
+
+def test_int8_linears_have_few_candidates_on_hopper() -> None:
+    assert len(HOPPER_GLUON + HOPPER_TMA) <= MAX_CANDIDATES
+    assert len(HOPPER_TMA + HOPPER_POINTERS) <= MAX_CANDIDATES

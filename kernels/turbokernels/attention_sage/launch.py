@@ -30,12 +30,12 @@ def _check(op: str, q: Tensor, pv: str) -> None:
         )
 
 
-def _candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
-    """On Hopper with fp8 `hopper_candidates`, then those of `kernel.py`, at most 8."""
-    candidates = portable_candidates(q, block_q, block_k, pv)
+def candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
+    """Launches of `kernel_hopper.py`, where it runs, and then of `kernel.py`."""
+    launches = portable_candidates(q, block_q, block_k, pv)
     if pv == "fp8" and capability(q.device)[0] == 9 and has_gluon():
-        candidates = [*hopper_candidates(q.shape[3], block_q, block_k), *candidates]
-    return candidates[:8]
+        launches = [*hopper_candidates(q.shape[3], block_q, block_k), *launches]
+    return launches
 
 
 def hopper_candidates(dim: int, block_q: int, block_k: int) -> list[Launch]:
@@ -58,13 +58,13 @@ def portable_candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[
     small = Launch(4, 3, ROWS=64, KEYS=keys, CHANNELS=dim)
     if block_q == 64:
         return [small, Launch(4, 4, ROWS=64, KEYS=keys, CHANNELS=dim), Launch(4, 2, ROWS=64, KEYS=keys, CHANNELS=dim)]
-    candidates = [Launch(8, stages, ROWS=128, KEYS=keys, CHANNELS=dim) for stages in (3, 2)]
+    launches = [Launch(8, stages, ROWS=128, KEYS=keys, CHANNELS=dim) for stages in (3, 2)]
     if pv == "fp8" and dim == 128 and capability(q.device)[0] == 9:
         halves = [Launch(8, stages, ROWS=128, KEYS=keys, CHANNELS=64, maxnreg=128) for stages in (3, 2, 4)]
-        candidates = halves + candidates
+        launches = halves + launches
     if block_k == 128 and shared_memory(q.device) > 160 * 1024:
-        candidates.append(Launch(8, 2, ROWS=128, KEYS=128, CHANNELS=dim))
-    return [*candidates, small]
+        launches.append(Launch(8, 2, ROWS=128, KEYS=128, CHANNELS=dim))
+    return [*launches, small]
 
 
 def _rows(
@@ -181,7 +181,7 @@ def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, 
         return o
 
     key = (dim, pv, block_q, block_k, "dense" if kept is None else "sparse")
-    return run(best("sage_attention", key, _candidates(q, block_q, block_k, pv), run, q.device))
+    return run(best("sage_attention", key, candidates(q, block_q, block_k, pv), run, q.device))
 
 
 @sage_op.register_fake
