@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu
 def test_value_gradient_and_tangent(
     feature_map: str, length_q: int, length_k: int, dim: int, dtype: torch.dtype
 ) -> None:
-    batch = 2 if length_q > 1 else 32  # of a hundred numbers the largest error is luck
+    # Of a hundred numbers the largest error is luck; in float16 one of many relu may leave plain PyTorch 0 / 0.
+    batch = 32 if length_q == 1 and dtype == torch.float32 else 2
     cases.check_value_gradient_and_tangent(feature_map, batch, length_q, length_k, 3, dim, dtype, "cuda")
 
 

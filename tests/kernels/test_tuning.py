@@ -97,6 +97,21 @@ def test_a_search_skips_what_does_not_fit_and_is_remembered(monkeypatch: pytest.
     assert set(json.loads(tuning.cache_file("Test 9000").read_text())["entries"]) == {"op", "third"}
 
 
+def test_a_gpu_that_wakes_up_slowly_misleads_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed first takes five times as long."""
+    monkeypatch.setenv(tuning.AUTOTUNE_VARIABLE, "1")
+    times: list[float] = []
+
+    def do_bench(function: Callable[[], object], **_: object) -> float:
+        function()
+        times.append({SMALL: 2.0, MIDDLE: 1.0}[launched[-1]] * (1.0 if times else 5.0))
+        return times[-1]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    assert best("op", KEY, (MIDDLE, SMALL), run, GPU) == MIDDLE
+    assert times[0] == 5.0
+
+
 def test_the_shipped_table_comes_before_the_cache(tmp_path: Path) -> None:
     write_table(tuning.cache_file("Test 9000"), MIDDLE)
     assert best("op", KEY, CANDIDATES, run, GPU) == MIDDLE

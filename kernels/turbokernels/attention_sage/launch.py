@@ -40,10 +40,8 @@ def candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
 
 def hopper_candidates(dim: int, block_q: int, block_k: int) -> list[Launch]:
     """Launches of `kernel_hopper.py`, none where it does not apply. SLOTS: pairs of tiles in the ring. Two programs share
-    a processor; Triton deals out their registers by warps: more to those that compute."""
-    if dim < 64 or block_q < 64 or block_k < 64:
-        return []
-    return [Launch(4, 1, SLOTS=slots, maxnreg=128) for slots in (3, 2)]
+    a processor; of their registers Gluon gives most to the warps that compute."""
+    return [Launch(4, 1, SLOTS=3, maxnreg=128)] if min(dim, block_q, block_k) >= 64 else []
 
 
 def portable_candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[Launch]:
