@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from turbotrain.checkpoint import (
     CheckpointMeta,
     CheckpointProblem,
+    atomic,
     check_checkpoint,
     inspect_checkpoint,
     io,
@@ -207,9 +208,9 @@ def test_systems_that_cannot_exchange_folders(
             raise OSError("the disk went away")
         rename(source, target)
 
-    monkeypatch.setattr(io, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     if not rename_works:
-        monkeypatch.setattr(io.os, "rename", failing)
+        monkeypatch.setattr(atomic.os, "rename", failing)
         with pytest.raises(OSError, match=r"disk went away.*nothing was changed"):
             write(folder, lineage=[{"stage": "new"}])
     else:

@@ -1,21 +1,16 @@
 """Checkpoint files in and out, and networks built from them.
 
-The only place that reads pickles, by `torch.load(weights_only=True)`. Everything is written beside its destination, flushed
-to disk and renamed: a killed process or a full disk leaves the old state or the new one.
+The only place that reads pickles, by `torch.load(weights_only=True)`. Everything is written whole or not at all (atomic.py):
+a killed process or a full disk leaves the old state or the new one.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import io
 import json
-import logging
-import os
 import pickle
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turbotrain.checkpoint import header, layouts
+from turbotrain.checkpoint.atomic import new_folder
 from turbotrain.checkpoint.header import CheckpointProblem
 from turbotrain.checkpoint.meta import METADATA_KEY, CheckpointMeta
 from turbotrain.model.attention_config import AttentionConfig
@@ -33,7 +29,6 @@ from turbotrain.model.quant_linear import dequantize_model, from_disk_names, pre
 from turbotrain.model.variants import WanConfig, variants_with
 from turbotrain.model.wan import FLOAT32_ISLANDS, WanTransformer
 
-logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 10 * 2**30
@@ -245,23 +240,13 @@ def save_checkpoint(
     meta = dataclasses.replace(meta, components={**meta.components, **{name: name for name in components}})
     named = to_disk_names({layouts.strip_wrappers(name): tensor for name, tensor in state_dict.items()})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o755)
-        _write_weights(temporary, tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}, max_shard_bytes)
+    with new_folder(folder) as temporary:
+        try:
+            _write_weights(temporary, tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}, max_shard_bytes)
+        except SafetensorError as error:  # a full disk, in its words
+            raise OSError(str(error)) from error
         for name, source in components.items():
             shutil.copytree(Path(source).expanduser(), temporary / name)
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        _swap(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder}: the checkpoint could not be written ({error}); nothing was changed") from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], max_shard_bytes: int) -> None:
@@ -290,46 +275,3 @@ def _shards(tensors: dict[str, Tensor], max_bytes: int) -> Iterator[dict[str, Te
         shard[name] = tensor
         size += nbytes
     yield shard
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`. An old folder that holds more than a checkpoint is kept beside it."""
-    if not folder.exists():
-        os.rename(new, folder)
-        _sync(folder.parent)
-        return
-    old = new  # after an exchange the old content has the new one's name
-    if not _exchange(new, folder):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-        os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except OSError:
-            os.rename(old, folder)
-            raise
-    _sync(folder.parent)
-    ours = {file.name for file in folder.iterdir()}
-    strangers = [file.name for file in old.iterdir() if file.name not in ours and not file.name.startswith("model")]
-    if strangers:
-        kept = Path(tempfile.mkdtemp(prefix=f"{folder.name}.replaced.", dir=folder.parent))
-        os.rename(old, kept)
-        logger.warning("%s: replaced; its other files (%s) are now in %s", folder, ", ".join(strangers), kept)
-    else:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two folders in one step, so that no kill can fall between; False where the system cannot (renameat2 of Linux)."""
-    if not sys.platform.startswith("linux"):
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    return rename is not None and rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0

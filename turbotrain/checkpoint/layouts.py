@@ -19,6 +19,7 @@ LAYOUTS = ("official", "diffusers", "turbodiffusion")
 HEAD_DIM = 128  # of every published network
 # SLA files say nothing about their blocks; the published inference code uses these (formats.md 4).
 PUBLISHED_SLA = AttentionConfig(kind="sla", topk=0.1, block_q=128, block_k=64)
+HEAD_PROJECTION = "self_attn.attn_op.local_attn.proj_l"  # P of SLA's linear branch, in a block
 _NUMBER = re.compile(r"blocks\.(\d+)\.")
 _DIFFUSERS_TO_NATIVE = {theirs: ours for ours, theirs in diffusers.NATIVE_TO_DIFFUSERS.items()}
 _OFFICIAL = {name: name for name in official.MODULES}
