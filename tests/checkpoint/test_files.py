@@ -22,6 +22,7 @@ from turbotrain.checkpoint import (
     CheckpointProblem,
     atomic,
     check_checkpoint,
+    identify,
     inspect_checkpoint,
     io,
     load_tensor,
@@ -162,7 +163,7 @@ def test_wrong_variant_is_named_before_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["wan2.1_t2v_14b", "Wan2.2-T2V-A14B/low_noise_model"])
 def test_equal_dimensions_are_told_apart_by_place(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"wan2.1_t2v_14b": CONFIG, "wan2.2_t2v_a14b": CONFIG}
-    monkeypatch.setattr(io, "variants_with", lambda config: [v for v, c in small.items() if c == config])
+    monkeypatch.setattr(identify, "variants_with", lambda config: [v for v, c in small.items() if c == config])
     folder = tmp_path / name
     folder.mkdir(parents=True)
     save_file(dict(WanTransformer(CONFIG).state_dict()), folder / "model.safetensors")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 # Two-expert models: our folders, the official ones, and those of a diffusers pipeline; high-noise expert first.
 EXPERT_FOLDERS = (("high", "low"), ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+_EXPERT_FILES = (r"(?<![a-z])high(?![a-z])", r"(?<![a-z])low(?![a-z])")
 INDEX_SUFFIX = ".safetensors.index.json"
 AGAIN = "copy or download it again"
 _MAX_HEADER = 100_000_000
@@ -57,11 +59,18 @@ class Glimpse:
 
 
 def expert_folders(folder: Path) -> tuple[Path, Path] | None:
-    """(high, low) when `folder` holds a two-expert model, else None."""
+    """(high, low) when `folder` holds a two-expert model, else None.
+
+    Two folders with one of the known pairs of names, or exactly two weights files, one called high and one low.
+    """
     for names in EXPERT_FOLDERS:
         high, low = (folder / name for name in names)
         if high.is_dir() and low.is_dir():
             return high, low
+    files = [file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES] if folder.is_dir() else []
+    marked = [[file for file in files if re.search(sign, file.stem.lower())] for sign in _EXPERT_FILES]
+    if len(files) == 2 and [len(found) for found in marked] == [1, 1] and marked[0] != marked[1]:
+        return marked[0][0], marked[1][0]
     return None
 
 

@@ -6,6 +6,7 @@ a killed process or a full disk leaves the old state or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -19,14 +20,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from turbotrain.checkpoint import header, layouts
+from turbotrain.checkpoint import header, identify, layouts
 from turbotrain.checkpoint.atomic import new_folder
 from turbotrain.checkpoint.header import CheckpointProblem
 from turbotrain.checkpoint.meta import METADATA_KEY, CheckpointMeta
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.quant_linear import dequantize_model, from_disk_names, prepare_quantized, to_disk_names
-from turbotrain.model.variants import WanConfig, variants_with
+from turbotrain.model.variants import WanConfig
 from turbotrain.model.wan import FLOAT32_ISLANDS, WanTransformer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -44,7 +46,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for file in header.find_weights(path):
-        tensors.update(_read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file))
+        tensors.update(_read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
     return tensors
 
 
@@ -57,9 +59,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointProblem(f"{path}: {error}; {header.AGAIN}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, data: bool = True) -> dict[str, Tensor]:
+    """The tensors of a torch file, at its top level or under state_dict, model or module.
+
+    data=False: fake tensors; `untyped_storage()._checkpoint_offset` says where in the file the bytes of each one begin.
+    Raises CheckpointProblem: truncated, or more than tensors inside.
+    """
     header.refuse_unsafe_pickle(path)
-    state = _load_pickle(path, str(path))
+    with contextlib.nullcontext() if data else FakeTensorMode():
+        state = _load_pickle(path, str(path))
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         nested = next((state[key] for key in ("state_dict", "model", "module") if key in state), None)
         if nested is None:
@@ -116,25 +124,7 @@ def read_meta(path: str | Path) -> CheckpointMeta:
 
 def _describe(path: str | Path, shapes: dict[str, tuple[int, ...]], dtype: str | None) -> CheckpointMeta:
     glimpse = header.inspect_checkpoint(path)
-    if glimpse.metadata is not None:
-        return CheckpointMeta.from_dict(glimpse.metadata, str(path))
-    config = layouts.infer_config(shapes, layouts.config_hints(glimpse.config), str(path))
-    scheme = layouts.quantization_scheme(shapes)
-    return CheckpointMeta(
-        variant=_name_variant(path, config),
-        config=config.to_dict(),
-        attention=layouts.infer_attention(shapes).to_dict(),
-        quantization=None if scheme is None else {"scheme": scheme},
-        dtype=dtype or "bfloat16",
-    )
-
-
-def _name_variant(path: str | Path, config: WanConfig) -> str:
-    """Wan 2.1 14B and a Wan 2.2 expert have equal tensors: the names of file and folder decide."""
-    names = variants_with(config)
-    place = " ".join(Path(path).expanduser().absolute().parts[-3:]).lower()
-    newer = any(sign in place for sign in ("2.2", "a14b", "high", "low", "noise"))
-    return (names[-1] if newer else names[0]) if names else ""
+    return identify.describe(path, shapes, glimpse.metadata, glimpse.config, dtype)
 
 
 def _dtype_of(state: Mapping[str, Tensor]) -> str:
@@ -210,13 +200,9 @@ def _check_state(path: str | Path, state: Mapping[str, Tensor], model: WanTransf
         if name in state and tuple(state[name].shape) != shape
     ]
     lines = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong)]
-    found = "; ".join(f"{len(names)} {what}: {_shorten(names)}" for what, names in lines if names)
+    found = "; ".join(f"{len(names)} {what}: {identify.shorten(names)}" for what, names in lines if names)
     if found:
         raise CheckpointProblem(f"{path}: does not fit {layouts.describe(model.config)}: {found}")
-
-
-def _shorten(names: list[str], limit: int = 12) -> str:
-    return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 from turbotrain.checkpoint.header import CheckpointProblem
 from turbotrain.checkpoint.keymaps import diffusers, official, scaled, turbodiffusion, wrappers
+from turbotrain.checkpoint.stream import Entry
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, WanConfig, variants_with
 
@@ -23,6 +24,7 @@ HEAD_PROJECTION = "self_attn.attn_op.local_attn.proj_l"  # P of SLA's linear bra
 _NUMBER = re.compile(r"blocks\.(\d+)\.")
 _DIFFUSERS_TO_NATIVE = {theirs: ours for ours, theirs in diffusers.NATIVE_TO_DIFFUSERS.items()}
 _OFFICIAL = {name: name for name in official.MODULES}
+_OFFICIAL_ONLY = {name: "" for name in official.MODULES if name not in _DIFFUSERS_TO_NATIVE}
 
 
 def strip_wrappers(name: str) -> str:
@@ -61,6 +63,12 @@ def native_names(names: Iterable[str], source: str = "checkpoint") -> dict[str, 
         names = [name for name in names if turbodiffusion.EMA_PREFIX in name]
     bare = {name: strip_wrappers(name) for name in names}
     is_diffusers = any(name.startswith("condition_embedder.") for name in bare.values())
+    if is_diffusers:
+        mixed = [name for name, stripped in bare.items() if _translate(stripped, _OFFICIAL_ONLY) is not None]
+        if mixed:
+            raise CheckpointProblem(
+                f"{source}: mixes diffusers' names with official ones, such as {mixed[0]}; separate them"
+            )
     found: dict[str, str] = {}
     for name, stripped in bare.items():
         if name.rpartition(".")[2] in scaled.IGNORED:
@@ -81,30 +89,47 @@ def native_names(names: Iterable[str], source: str = "checkpoint") -> dict[str, 
 
 def from_layout(state: Mapping[str, Any], source: str = "checkpoint") -> dict[str, Any]:
     """A state dict in any known layout, under native names and with a 5-D patch embedding."""
-    native = {ours: state[name] for name, ours in native_names(state, source).items()}
+    entries = native_entries({name: Entry.of(tensor) for name, tensor in state.items()}, source)
+    return {name: entry.read() for name, entry in entries.items()}
+
+
+def native_entries(entries: Mapping[str, Entry], source: str = "checkpoint") -> dict[str, Entry]:
+    """Tensors in any known layout, none of them read, under native names and with a 5-D patch embedding.
+
+    8-bit layers get our names (`X.int8_weight` or `X.fp8_weight`, `X.scale`). Raises CheckpointProblem.
+    """
+    native = {ours: entries[name] for name, ours in native_names(entries, source).items()}
     weight = native.get(turbodiffusion.FLATTENED)
     if weight is not None and len(weight.shape) == 2:
-        native[turbodiffusion.FLATTENED] = weight.reshape(unflattened(tuple(weight.shape)))
+        native[turbodiffusion.FLATTENED] = weight.reshape(unflattened(weight.shape))
     return _name_scaled(native, source)
 
 
-def _name_scaled(native: dict[str, Any], source: str) -> dict[str, Any]:
+def _name_scaled(native: dict[str, Entry], source: str) -> dict[str, Entry]:
     """8-bit weights of other projects under our names: one scale per row inside blocks, plain weights outside them."""
     for name in [name for name in native if name.endswith(scaled.SCALES)]:
         layer = name.rpartition(".")[0]
         scale, weight = native.pop(name), native.pop(f"{layer}.weight", None)
-        dtype = str(getattr(weight, "dtype", "missing"))
-        if weight is None or dtype not in scaled.WEIGHTS or scale.numel() not in (1, weight.shape[0]):
+        dtype = "missing" if weight is None else weight.dtype
+        if weight is None or dtype not in scaled.WEIGHTS or math.prod(scale.shape) not in (1, weight.shape[0]):
             raise CheckpointProblem(
-                f"{source}: {layer} is {dtype} with a scale of shape {tuple(scale.shape)}; only int8 and float8_e4m3fn with "
+                f"{source}: {layer} is {dtype} with a scale of shape {scale.shape}; only int8 and float8_e4m3fn with "
                 "one scale per tensor or per output channel are read: export the file in one of these, or in bf16"
             )
-        scale_N = scale.float().reshape(-1).expand(weight.shape[0]).contiguous()
+        per_row = _scale_per_row(scale, weight.shape[0])
         if layer.startswith("blocks."):
-            native[f"{layer}.{scaled.WEIGHTS[dtype]}"], native[f"{layer}.scale"] = weight, scale_N
+            native[f"{layer}.{scaled.WEIGHTS[dtype]}"], native[f"{layer}.scale"] = weight, per_row
         else:
-            native[f"{layer}.weight"] = weight.float() * scale_N[:, None]
+            native[f"{layer}.weight"] = _scaled_weight(weight, per_row)
     return native
+
+
+def _scale_per_row(scale: Entry, rows: int) -> Entry:
+    return Entry((rows,), "float32", lambda: scale.read().float().reshape(-1).expand(rows).contiguous())
+
+
+def _scaled_weight(weight: Entry, scale_N: Entry) -> Entry:
+    return Entry(weight.shape, "float32", lambda: weight.read().float() * scale_N.read()[:, None])
 
 
 def to_layout(state: Mapping[str, Any], layout: str) -> dict[str, Any]:
@@ -123,7 +148,7 @@ def to_layout(state: Mapping[str, Any], layout: str) -> dict[str, Any]:
                 f"layout='turbodiffusion' keeps patches of {turbodiffusion.PATCH_SIZE} only, this network's are "
                 f"{tuple(value.shape[2:])}: choose official or diffusers"
             )
-        renamed[theirs] = value.reshape(value.shape[0], -1) if flatten else value
+        renamed[theirs] = value.reshape((value.shape[0], math.prod(value.shape[1:]))) if flatten else value
     return renamed
 
 

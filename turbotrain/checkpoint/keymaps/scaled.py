@@ -5,8 +5,13 @@ from __future__ import annotations
 # float32, one for the tensor or one per output channel; LightX2V and ComfyUI, then older ComfyUI files.
 SCALES: tuple[str, ...] = ("weight_scale", "scale_weight")
 
-# What says how a file was made, or scales that dynamic activation quantization does not need.
-IGNORED: tuple[str, ...] = ("scaled_fp8", "comfy_quant", "input_scale", "scale_input")
+# What says how a file was made; ComfyUI's own, and a scale that is named as older ComfyUI files name it, tell its files.
+MARKERS: tuple[str, ...] = ("scaled_fp8", "comfy_quant")
+COMFYUI: tuple[str, ...] = (*MARKERS, "scale_weight", "input_scale", "scale_input")
 
-# torch dtype of the weight: our name of it. Other dtypes (packed 4-bit formats) are not read.
-WEIGHTS: dict[str, str] = {"torch.int8": "int8_weight", "torch.float8_e4m3fn": "fp8_weight"}
+# Scales of activations, which dynamic quantization does not need.
+INPUT_SCALES: tuple[str, ...] = ("input_scale", "scale_input")
+IGNORED: tuple[str, ...] = (*MARKERS, *INPUT_SCALES)
+
+# dtype of the weight: our name of it. Other dtypes (packed 4-bit formats) are not read.
+WEIGHTS: dict[str, str] = {"int8": "int8_weight", "float8_e4m3fn": "fp8_weight"}
