@@ -10,26 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from turbotrain.checkpoint import targets
+from command import DONE, FAILED, Parser, run
+
+from turbotrain.checkpoint import header, targets
 from turbotrain.checkpoint.identify import identify, report, summary
 from turbotrain.checkpoint.keymaps.targets import TARGETS
 from turbotrain.model.variants import VARIANTS
 
-DONE, FAILED, USAGE = 0, 1, 2
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-class Parser(argparse.ArgumentParser):
-    """Usage errors on one line, like those of train.py and infer.py."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"usage: {message}  (--help lists the options)", file=sys.stderr)
-        sys.exit(USAGE)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -67,15 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Identify, then inspect or convert. An incomplete network is reported by --inspect with status 1."""
     options = parse(arguments)
-    try:
-        return _inspect(options) if options.inspect else _convert(options)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was changed", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
-    return FAILED
+    return run(_inspect if options.inspect else _convert, options)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -85,9 +68,9 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    identity = identify(options.source)
-    experts = len(identity.networks)
+    experts = 1 if header.expert_folders(options.source) is None else 2
     targets.check_output([options.source], options.output, TARGETS[options.to], experts, options.force)
+    identity = identify(options.source)
     from turbotrain.checkpoint.convert import convert  # imports torch: what is wrong by then is known
 
     result = convert(

@@ -11,9 +11,10 @@ from pathlib import Path
 from turbotrain.checkpoint import sinks, targets
 from turbotrain.checkpoint.atomic import new_file, new_folder
 from turbotrain.checkpoint.header import CheckpointProblem
-from turbotrain.checkpoint.identify import LABELS, Identity, Network, identify
+from turbotrain.checkpoint.identify import Identity, Network, identify
 from turbotrain.checkpoint.io import MAX_SHARD_BYTES
 from turbotrain.checkpoint.keymaps.targets import TARGETS, Target
+from turbotrain.checkpoint.layouts import describe
 from turbotrain.checkpoint.meta import METADATA_KEY
 from turbotrain.checkpoint.plan import Plan, plan_network
 from turbotrain.checkpoint.verify import verify
@@ -80,8 +81,6 @@ def _check_variant(identity: Identity, variant: str | None) -> None:
     if variant is None:
         return
     if VARIANTS[variant].config != identity.first.config:
-        from turbotrain.checkpoint.layouts import describe
-
         raise CheckpointProblem(
             f"{identity.path} holds {describe(identity.first.config)}, but --variant {variant} is "
             f"{describe(VARIANTS[variant].config)}; leave it out"
@@ -169,6 +168,3 @@ def _keep_components(plan: Plan, network: Network, root: Path, place: Path, fold
                 shutil.copytree(found, goal / value)
             break
     plan.meta.components = kept
-
-
-__all__ = ["LABELS", "Conversion", "convert", "write_plans"]
