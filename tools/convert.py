@@ -71,6 +71,8 @@ def _convert(options: argparse.Namespace) -> int:
     experts = 1 if header.expert_folders(options.source) is None else 2
     targets.check_output([options.source], options.output, TARGETS[options.to], experts, options.force)
     identity = identify(options.source)
+    for network in identity.networks.values():
+        network.require_complete()
     from turbotrain.checkpoint.convert import convert  # imports torch: what is wrong by then is known
 
     result = convert(

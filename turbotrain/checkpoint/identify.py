@@ -79,6 +79,11 @@ class Network:
         listed = (("missing", self.missing), ("unexpected", self.unexpected), ("of the wrong shape", self.wrong))
         return "; ".join(f"{len(names)} {what}: {shorten(names)}" for what, names in listed if names)
 
+    def require_complete(self) -> None:
+        """Raises CheckpointProblem when the files are not exactly one network's."""
+        if self.problems:
+            raise CheckpointProblem(f"{self.path}: does not fit {layouts.describe(self.config)}: {self.problems}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Identity:

@@ -6,7 +6,6 @@ a killed process or a full disk leaves the old state or the new one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -20,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from turbotrain.checkpoint import header, identify, layouts
 from turbotrain.checkpoint.atomic import new_folder
@@ -62,12 +60,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickle(path: Path, data: bool = True) -> dict[str, Tensor]:
     """The tensors of a torch file, at its top level or under state_dict, model or module.
 
-    data=False: fake tensors; `untyped_storage()._checkpoint_offset` says where in the file the bytes of each one begin.
+    data=False: on the meta device, without their numbers; `untyped_storage()._checkpoint_offset` says where in the file these
+    begin.
     Raises CheckpointProblem: truncated, or more than tensors inside.
     """
     header.refuse_unsafe_pickle(path)
-    with contextlib.nullcontext() if data else FakeTensorMode():
-        state = _load_pickle(path, str(path))
+    state = _load_pickle(path, str(path), "cpu" if data else "meta")
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         nested = next((state[key] for key in ("state_dict", "model", "module") if key in state), None)
         if nested is None:
@@ -80,9 +78,9 @@ def read_pickle(path: Path, data: bool = True) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _load_pickle(source: Path | io.BytesIO, name: str) -> Any:
+def _load_pickle(source: Path | io.BytesIO, name: str, device: str = "cpu") -> Any:
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(source, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointProblem(
             f"{name}: refused, this pickle holds more than tensors ({str(error).splitlines()[0]}); convert it to safetensors "

@@ -109,8 +109,7 @@ def merge_networks(
     """
     three = {"base": base, "target": target, "anchor": anchor}
     for role, network in three.items():
-        if network.problems:
-            raise CheckpointProblem(f"{network.path}: the {role} is incomplete: {network.problems}")
+        network.require_complete()
         if network.scheme is not None:
             raise CheckpointProblem(
                 f"{network.path}: the {role} has 8-bit weights, which cannot be added; merge before quantization, or multiply "

@@ -81,8 +81,7 @@ def plan_network(network: Network, layout: str, dtype: str | None = None, varian
     variant: recorded instead of the one that was recognised. Raises CheckpointProblem: an incomplete network, or what the
     target cannot hold even with losses.
     """
-    if network.problems:
-        raise CheckpointProblem(f"{network.path}: does not fit {layouts.describe(network.config)}: {network.problems}")
+    network.require_complete()
     target = TARGETS[layout]
     plan = Plan(dict(network.native), dataclasses.replace(network.meta), None, [], [])
     if variant:

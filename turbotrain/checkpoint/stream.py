@@ -138,15 +138,18 @@ def _pickle_entries(file: Path) -> tuple[dict[str, Entry], bool]:
     header.refuse_unsafe_pickle(file)
     from turbotrain.checkpoint import io  # here: it imports torch
 
-    if not zipfile.is_zipfile(file) or not _is_little_endian(file):
+    described = io.read_pickle(file, data=False) if zipfile.is_zipfile(file) and _is_little_endian(file) else {}
+    offsets = {
+        name: getattr(tensor.untyped_storage(), "_checkpoint_offset", None) for name, tensor in described.items()
+    }
+    if not offsets or None in offsets.values():
         return {name: Entry.of(tensor.detach().contiguous()) for name, tensor in io.read_pickle(file).items()}, True
     entries: dict[str, Entry] = {}
-    for name, tensor in io.read_pickle(file, data=False).items():
+    for name, tensor in described.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if offset is None or dtype not in DTYPES.values():
-            raise CheckpointProblem(f"{file}: {name} is no plain tensor ({dtype}); convert the file to safetensors")
-        offset += tensor.storage_offset() * itemsize(dtype)
+        if dtype not in DTYPES.values():
+            raise CheckpointProblem(f"{file}: {name} has dtype {dtype}, which no known checkpoint uses")
+        offset = offsets[name] + tensor.storage_offset() * itemsize(dtype)
         entries[name] = _file_entry(file, offset, tuple(tensor.shape), dtype, tuple(tensor.stride()))
     return entries, False
 
