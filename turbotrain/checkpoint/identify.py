@@ -19,7 +19,7 @@ from turbotrain.checkpoint.meta import CheckpointMeta
 from turbotrain.checkpoint.stream import Contents, Entry, open_contents
 from turbotrain.checkpoint.structure import BLOCK_LINEAR, Shape, compare
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.variants import WanConfig, variants_with
+from turbotrain.model.variants import VARIANTS, WanConfig, variants_with
 
 LABELS = {
     "turbotrain": "turbotrain",
@@ -218,8 +218,10 @@ def _layout(contents: Contents, native: Mapping[str, Entry]) -> str:
         return "rcm"
     if matrix is not None and len(matrix.shape) == 2:
         return "turbodiffusion"
-    is_ours = contents.metadata is not None or layouts.quantization_scheme({n: e.shape for n, e in native.items()})
-    return "turbotrain" if is_ours else "official"
+    if layouts.quantization_scheme({name: entry.shape for name, entry in native.items()}):
+        return "turbotrain"
+    # Our metadata also travel in other projects' layouts; official folders have a config.json, ours have none.
+    return "turbotrain" if contents.metadata is not None and not contents.config else "official"
 
 
 def _unused(names: list[str]) -> dict[str, list[str]]:
@@ -252,7 +254,9 @@ def summary(identity: Identity) -> dict[str, Any]:
     """What `tools/convert.py --inspect` says, as data."""
     network = identity.first
     config, meta = network.config, network.meta
-    names = [name for name in variants_with(config) if len(identity.networks) == (2 if "a14b" in name else 1)]
+    # A file of one network may be an expert, but two networks are a two-expert variant.
+    experts = len(identity.networks)
+    names = [name for name in variants_with(config) if experts == 1 or len(VARIANTS[name].experts) == experts]
     files = [file for part in identity.networks.values() for file in part.contents.files]
     return {
         "path": str(identity.path),
@@ -260,7 +264,7 @@ def summary(identity: Identity) -> dict[str, Any]:
         "files": [str(file) for file in files],
         "bytes": sum(entry.nbytes for part in identity.networks.values() for entry in part.contents.entries.values()),
         "stripped": network.stripped,
-        "variants": [meta.variant] if meta.variant and network.described else names or variants_with(config),
+        "variants": [meta.variant] if meta.variant and network.described else names,
         "config": config.to_dict(),
         "experts": {expert: str(part.path) for expert, part in identity.networks.items() if expert},
         "attention": network.attention.to_dict(),
@@ -289,7 +293,7 @@ def report(identity: Identity) -> str:
     whole = " (older than torch 1.6: read whole)" if network.contents.whole else ""
     lines = {
         "layout": LABELS[network.layout] + (f"; stripped: {', '.join(network.stripped)}" if network.stripped else ""),
-        "files": f"{len(said['files'])}, {said['bytes'] / 2**30:.2f} GiB{whole}",
+        "files": f"{len(said['files'])}, {_size(said['bytes'])}{whole}",
         "variant": " or ".join(said["variants"]) or "none of the published ones",
         "network": layouts.describe(network.config),
         "experts": ", ".join(f"{expert} noise: {path}" for expert, path in said["experts"].items()) or "one network",
@@ -305,3 +309,7 @@ def report(identity: Identity) -> str:
         lines["beside"] = f"{shorten(identity.beside)}: left alone"
     width = max(map(len, lines))
     return "\n".join([f"{identity.path}", *(f"  {key:{width}}  {value}" for key, value in lines.items())])
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -100,21 +100,24 @@ def merge_tensor(base: Tensor, target: Tensor, anchor: Tensor, weight: float) ->
     return (base.to(wide) + weight * (target.to(wide) - anchor.to(wide))).to(base.dtype)
 
 
+def require_mergeable(role: str, network: Network) -> None:
+    """Raises CheckpointProblem for a network that is incomplete or has 8-bit weights."""
+    network.require_complete()
+    if network.scheme is not None:
+        raise CheckpointProblem(
+            f"{network.path}: the {role} has 8-bit weights, which cannot be added; merge before quantization, or multiply "
+            "them out: tools/convert.py --dtype bfloat16 --lossy"
+        )
+
+
 def merge_networks(
     base: Network, target: Network, anchor: Network, weight: float, keys: MergeKeys, any_dtype: bool = False
 ) -> Network:
     """`base` with merged tensors, none of them read. any_dtype: the three may differ in dtype (the base's stays).
 
-    Raises CheckpointProblem: incomplete or 8-bit networks, or tensors that differ in shape, dtype or number of heads.
+    Raises CheckpointProblem: tensors that differ in shape or dtype, networks that differ in their number of heads.
     """
     three = {"base": base, "target": target, "anchor": anchor}
-    for role, network in three.items():
-        network.require_complete()
-        if network.scheme is not None:
-            raise CheckpointProblem(
-                f"{network.path}: the {role} has 8-bit weights, which cannot be added; merge before quantization, or multiply "
-                "them out: tools/convert.py --dtype bfloat16 --lossy"
-            )
     heads = {role: network.config.num_heads for role, network in three.items()}
     if len(set(heads.values())) > 1:
         raise CheckpointProblem(f"merge: the networks differ in heads: {heads}")
@@ -184,7 +187,9 @@ def merge(
     three = [identify(path) for path in (base, target, anchor)]
     experts = list(three[0].networks)
     targets.check_output([identity.path for identity in three], Path(output), TARGETS[to], len(experts), force)
-    for role, identity in zip(("target", "anchor"), three[1:]):
+    for role, identity in zip(("base", "target", "anchor"), three):
+        for network in identity.networks.values():
+            require_mergeable(role, network)
         if list(identity.networks) not in ([""], experts):
             raise CheckpointProblem(
                 f"{identity.path}: the {role} has two experts, the base one network; name one of them"
