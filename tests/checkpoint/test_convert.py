@@ -235,6 +235,19 @@ def test_components_come_along_or_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "df").iterdir()] == ["transformer"]
 
 
+@pytest.mark.parametrize("said", [{"format": "int8_tensorwise", "convrot": True}, {"format": "nvfp4"}, "int8", None])
+def test_weights_that_are_stored_in_another_way_are_not_taken_for_plain_ones(said: object, tmp_path: Path) -> None:
+    convert(make("int8_channel", tmp_path / "ours"), tmp_path / "a.safetensors", "comfyui")
+    state = stored(tmp_path / "a.safetensors")
+    text = b"?" if said is None else json.dumps(said).encode()
+    state["blocks.1.ffn.0.comfy_quant"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    save_file(state, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointProblem, match=r"blocks\.1\.ffn\.0 is quantized as"):
+        convert(tmp_path / "b.safetensors", tmp_path / "again", "turbotrain")
+    with pytest.raises(CheckpointProblem, match=r"blocks\.1\.ffn\.0 is quantized as"):
+        load_transformer(tmp_path / "b.safetensors")
+
+
 def test_verification_finds_what_differs(tmp_path: Path) -> None:
     ours = identify(make("dense", tmp_path / "ours")).first.native
     other = dict(ours)
@@ -259,7 +272,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     assert "written: " in said
     assert "verified: outputs on random inputs equal bit for bit" in said
-    assert "note: a TurboDiffusion file has no metadata: sampler, lineage, license stay behind" in said
+    assert "note: a TurboDiffusion file has no metadata; not carried: sampler, lineage, license" in said
     assert tool.main([str(tmp_path / "a.pth"), "--inspect"]) == 0
     assert "int8_block128, 20 of 20 block linears" in capsys.readouterr().out
     assert tool.main([str(tmp_path / "a.pth"), "--inspect", "--json"]) == 0

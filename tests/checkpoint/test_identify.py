@@ -62,13 +62,16 @@ def test_expected_shapes_are_the_networks(config: WanConfig, attention: Attentio
     ],
 )
 def test_published_variants_at_full_size(tmp_path: Path, variant: str, experts: tuple[str], said: list[str]) -> None:
+    tmp_path = tmp_path / "checkpoint"  # the test's own name would tell the variant
     for expert in experts:
         full_size(tmp_path / expert / "diffusion_pytorch_model.safetensors", VARIANTS[variant].config)
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")
     started = time.monotonic()
-    found = summary(identify(tmp_path))
+    identity = identify(tmp_path)
+    found = summary(identity)
     assert time.monotonic() - started < 2
     assert found["variants"] == said
+    assert {network.meta.variant for network in identity.networks.values()} == {variant}
     assert found["beside"] == ["Wan2.1_VAE.pth"]
     assert list(found["experts"].values()) == ([str(tmp_path / e) for e in experts] if len(experts) == 2 else [])
     assert not found["missing"]

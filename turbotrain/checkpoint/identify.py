@@ -113,6 +113,10 @@ def identify(path: str | Path) -> Identity:
     networks = {expert: identify_network(place) for expert, place in places.items()}
     if pair is not None:
         _check_pair(path, networks["high"], networks["low"])
+        for network in networks.values():
+            two = [name for name in variants_with(network.config) if len(VARIANTS[name].experts) == 2]
+            if two and not network.described:  # Wan 2.1 14B has the same dimensions, but one network
+                network.meta.variant = two[0]
     files = {file.name for network in networks.values() for file in network.contents.files}
     own = {place.name for place in places.values()} | {"config.json", "transformer"}
     listed = sorted(path.iterdir()) if path.is_dir() else []

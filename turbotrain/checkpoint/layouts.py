@@ -5,6 +5,7 @@ The tables are data (keymaps/); this module applies them in both directions.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -99,10 +100,28 @@ def native_entries(entries: Mapping[str, Entry], source: str = "checkpoint") -> 
     8-bit layers get our names (`X.int8_weight` or `X.fp8_weight`, `X.scale`). Raises CheckpointProblem.
     """
     native = {ours: entries[name] for name, ours in native_names(entries, source).items()}
+    for name, entry in entries.items():
+        if name.endswith(f".{scaled.FORMAT_MARKER}"):
+            _check_format(name, entry, source)
     weight = native.get(turbodiffusion.FLATTENED)
     if weight is not None and len(weight.shape) == 2:
         native[turbodiffusion.FLATTENED] = weight.reshape(unflattened(weight.shape))
     return _name_scaled(native, source)
+
+
+def _check_format(name: str, marker: Entry, source: str) -> None:
+    """ComfyUI says in JSON how a layer is quantized; some ways (rotated, packed) look like plain int8 in names and shapes."""
+    text = bytes(marker.read().tolist())
+    try:
+        said = json.loads(text)
+        readable = said["format"] in scaled.FORMATS and not said.get("convrot")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        readable = False
+    if not readable:
+        raise CheckpointProblem(
+            f"{source}: {strip_wrappers(name).rpartition('.')[0]} is quantized as {text.decode(errors='replace')}; only "
+            f"{', '.join(scaled.FORMATS)} without rotation are read: export the file in one of these, or in bf16"
+        )
 
 
 def _name_scaled(native: dict[str, Entry], source: str) -> dict[str, Entry]:

@@ -100,7 +100,7 @@ def plan_network(network: Network, layout: str, dtype: str | None = None, varian
         said = ("sampler", "lineage", "license", "components")
         kept = [field for field in said if getattr(network.meta, field)]
         if kept:
-            plan.notes.append(f"{target.label} has no metadata: {', '.join(kept)} stay behind")
+            plan.notes.append(f"{target.label} has no metadata; not carried: {', '.join(kept)}")
     _rename(plan, layout, target)
     return plan
 

@@ -149,7 +149,7 @@ def _pickle_entries(file: Path) -> tuple[dict[str, Entry], bool]:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DTYPES.values():
             raise CheckpointProblem(f"{file}: {name} has dtype {dtype}, which no known checkpoint uses")
-        offset = int(offsets[name]) + int(tensor.storage_offset()) * itemsize(dtype)
+        offset = offsets[name] + int(tensor.storage_offset()) * itemsize(dtype)
         entries[name] = _file_entry(file, offset, tuple(tensor.shape), dtype, tuple(tensor.stride()))
     return entries, False
 

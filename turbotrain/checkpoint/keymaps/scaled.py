@@ -6,7 +6,9 @@ from __future__ import annotations
 SCALES: tuple[str, ...] = ("weight_scale", "scale_weight")
 
 # What says how a file was made; ComfyUI's own, and a scale that is named as older ComfyUI files name it, tell its files.
-MARKERS: tuple[str, ...] = ("scaled_fp8", "comfy_quant")
+FORMAT_MARKER = "comfy_quant"
+FORMATS: tuple[str, ...] = ("int8_tensorwise", "float8_e4m3fn")
+MARKERS: tuple[str, ...] = ("scaled_fp8", FORMAT_MARKER)
 COMFYUI: tuple[str, ...] = (*MARKERS, "scale_weight", "input_scale", "scale_input")
 
 # Scales of activations, which dynamic quantization does not need.
