@@ -246,6 +246,11 @@ def test_weights_that_are_stored_in_another_way_are_not_taken_for_plain_ones(sai
         convert(tmp_path / "b.safetensors", tmp_path / "again", "turbotrain")
     with pytest.raises(CheckpointProblem, match=r"blocks\.1\.ffn\.0 is quantized as"):
         load_transformer(tmp_path / "b.safetensors")
+    formats = json.dumps({"format_version": "1.0", "layers": {"blocks.1.ffn.0": said}})
+    del state["blocks.1.ffn.0.comfy_quant"]
+    save_file(state, tmp_path / "c.safetensors", metadata={"_quantization_metadata": formats})
+    with pytest.raises(CheckpointProblem, match=r"blocks\.1\.ffn\.0 is quantized as"):
+        load_transformer(tmp_path / "c.safetensors")
 
 
 def test_verification_finds_what_differs(tmp_path: Path) -> None:

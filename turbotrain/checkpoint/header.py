@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from turbotrain.checkpoint.keymaps import scaled
+
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 # Two-expert models: our folders, the official ones, and those of a diffusers pipeline; high-noise expert first.
@@ -198,7 +200,32 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     if size != expected:
         state = "truncated" if size < expected else "too long"
         raise CheckpointProblem(f"{path}: {state}, {size} bytes where its header says {expected}; {AGAIN}")
+    formats = (header.get("__metadata__") or {}).get("_quantization_metadata")
+    if formats is not None:
+        _refuse_unreadable_formats(formats, str(path))
     return header
+
+
+def _refuse_unreadable_formats(text: str, source: str) -> None:
+    """ComfyUI may say in a file's metadata how each layer is quantized."""
+    try:
+        layers = json.loads(text)["layers"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointProblem(f"{source}: its _quantization_metadata are not readable; {AGAIN}") from error
+    for layer, said in layers:
+        refuse_unreadable_format(layer, said, source)
+
+
+def refuse_unreadable_format(layer: str, said: Any, source: str) -> None:
+    """Raises CheckpointProblem for layers that are stored rotated or packed: names and shapes may look like plain int8.
+
+    said: what ComfyUI writes beside a quantized layer, {"format": ..., ...}.
+    """
+    if not isinstance(said, dict) or said.get("format") not in scaled.FORMATS or said.get("convrot"):
+        raise CheckpointProblem(
+            f"{source}: {layer} is quantized as {said}; only {', '.join(scaled.FORMATS)} without rotation are read: export the "
+            "file in one of these, or in bf16"
+        )
 
 
 def turbotrain_metadata(path: Path, header: dict[str, Any]) -> dict[str, Any] | None:

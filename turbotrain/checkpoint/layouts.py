@@ -5,13 +5,14 @@ The tables are data (keymaps/); this module applies them in both directions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from turbotrain.checkpoint.header import CheckpointProblem
+from turbotrain.checkpoint.header import CheckpointProblem, refuse_unreadable_format
 from turbotrain.checkpoint.keymaps import diffusers, official, scaled, turbodiffusion, wrappers
 from turbotrain.checkpoint.stream import Entry
 from turbotrain.model.attention_config import AttentionConfig
@@ -102,26 +103,14 @@ def native_entries(entries: Mapping[str, Entry], source: str = "checkpoint") -> 
     native = {ours: entries[name] for name, ours in native_names(entries, source).items()}
     for name, entry in entries.items():
         if name.endswith(f".{scaled.FORMAT_MARKER}"):
-            _check_format(name, entry, source)
+            said = bytes(entry.read().tolist()).decode(errors="replace")
+            with contextlib.suppress(ValueError):
+                said = json.loads(said)
+            refuse_unreadable_format(strip_wrappers(name).rpartition(".")[0], said, source)
     weight = native.get(turbodiffusion.FLATTENED)
     if weight is not None and len(weight.shape) == 2:
         native[turbodiffusion.FLATTENED] = weight.reshape(unflattened(weight.shape))
     return _name_scaled(native, source)
-
-
-def _check_format(name: str, marker: Entry, source: str) -> None:
-    """ComfyUI says in JSON how a layer is quantized; some ways (rotated, packed) look like plain int8 in names and shapes."""
-    text = bytes(marker.read().tolist())
-    try:
-        said = json.loads(text)
-        readable = said["format"] in scaled.FORMATS and not said.get("convrot")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        readable = False
-    if not readable:
-        raise CheckpointProblem(
-            f"{source}: {strip_wrappers(name).rpartition('.')[0]} is quantized as {text.decode(errors='replace')}; only "
-            f"{', '.join(scaled.FORMATS)} without rotation are read: export the file in one of these, or in bf16"
-        )
 
 
 def _name_scaled(native: dict[str, Entry], source: str) -> dict[str, Entry]:

@@ -139,9 +139,7 @@ def _pickle_entries(file: Path) -> tuple[dict[str, Entry], bool]:
     from turbotrain.checkpoint import io  # here: it imports torch
 
     described = io.read_pickle(file, data=False) if zipfile.is_zipfile(file) and _is_little_endian(file) else {}
-    offsets = {
-        name: getattr(tensor.untyped_storage(), "_checkpoint_offset", None) for name, tensor in described.items()
-    }
+    offsets = {name: _offset_of(tensor) for name, tensor in described.items()}
     if not offsets or None in offsets.values():
         return {name: Entry.of(tensor.detach().contiguous()) for name, tensor in io.read_pickle(file).items()}, True
     entries: dict[str, Entry] = {}
@@ -152,6 +150,11 @@ def _pickle_entries(file: Path) -> tuple[dict[str, Entry], bool]:
         offset = offsets[name] + int(tensor.storage_offset()) * itemsize(dtype)
         entries[name] = _file_entry(file, offset, tuple(tensor.shape), dtype, tuple(tensor.stride()))
     return entries, False
+
+
+def _offset_of(tensor: Any) -> Any:
+    """Where in its file the storage of a tensor begins; None where torch does not say."""
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
 
 
 def _is_little_endian(file: Path) -> bool:
