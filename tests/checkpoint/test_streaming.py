@@ -26,7 +26,8 @@ import json, sys
 from pathlib import Path
 import torch
 from turbotrain.checkpoint.convert import convert
-from turbotrain.checkpoint.sinks import write_pickle, write_shards
+from turbotrain.checkpoint.merge import merge
+from turbotrain.checkpoint.sinks import write_pickle
 from turbotrain.checkpoint.stream import Entry
 from turbotrain.checkpoint.structure import expected_shapes
 from turbotrain.model.attention_config import AttentionConfig
@@ -55,6 +56,10 @@ for source, to, output, options in (
     before = status("VmRSS")
     convert(folder / source, folder / output, to, max_shard_bytes=shard, **options)
     peaks[output] = status("VmHWM") - before
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+merge(*(folder / name for name in ("ours", "back.pth", "diffusers", "merged")), {"": 0.5}, max_shard_bytes=shard)
+peaks["merged"] = status("VmHWM") - before
 print(json.dumps(peaks))
 """
 
