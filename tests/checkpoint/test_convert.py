@@ -226,12 +226,15 @@ def test_files_of_training(tmp_path: Path) -> None:
 
 def test_components_come_along_or_are_left_alone(tmp_path: Path) -> None:
     ours = save(tmp_path / "ours", network(), components={"vae": "vae", "text_encoder": "someone/encoder"})
+    result = convert(ours, tmp_path / "bare", "turbotrain")
+    assert result.notes == ["the metadata name vae, not to be found beside the source: infer.py needs vae=FOLDER"]
     (ours / "vae").mkdir()
     (ours / "vae" / "config.json").write_text("{}")
-    assert any("vae/: left alone" in note for note in convert(ours, tmp_path / "again", "turbotrain").notes)
+    (ours / "notes.md").write_text("")
+    assert convert(ours, tmp_path / "again", "turbotrain").notes == ["beside the weights lie notes.md: left alone"]
     assert (tmp_path / "again" / "vae" / "config.json").is_file()
     assert read_meta(tmp_path / "again").components == {"vae": "vae", "text_encoder": "someone/encoder"}
-    convert(ours, tmp_path / "df", "diffusers")
+    assert convert(ours, tmp_path / "df", "diffusers").notes == ["beside the weights lie notes.md, vae/: left alone"]
     assert [path.name for path in (tmp_path / "df").iterdir()] == ["transformer"]
 
 
@@ -251,6 +254,26 @@ def test_weights_that_are_stored_in_another_way_are_not_taken_for_plain_ones(sai
     save_file(state, tmp_path / "c.safetensors", metadata={"_quantization_metadata": formats})
     with pytest.raises(CheckpointProblem, match=r"blocks\.1\.ffn\.0 is quantized as"):
         load_transformer(tmp_path / "c.safetensors")
+
+
+def test_components_of_experts_and_large_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate(("high", "low")):
+        save(tmp_path / "ours" / name, network(seed=seed), components={"vae": "vae"})
+    (tmp_path / "ours" / "vae").mkdir()
+    (tmp_path / "ours" / "vae" / "config.json").write_text("{}")
+    convert(tmp_path / "ours", tmp_path / "again", "turbotrain")
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["high", "low", "vae"]
+    monkeypatch.setattr("turbotrain.checkpoint.convert.COPIED_UP_TO", 1)
+    convert(tmp_path / "ours", tmp_path / "named", "turbotrain")
+    assert read_meta(tmp_path / "named" / "low").components == {"vae": str(tmp_path / "ours" / "vae")}
+
+
+def test_components_do_not_lead_out_of_the_checkpoint(tmp_path: Path) -> None:
+    ours = save(tmp_path / "a" / "ours", network(), components={"vae": "../secret"})
+    (tmp_path / "a" / "secret").mkdir()
+    (tmp_path / "b").mkdir()
+    convert(ours, tmp_path / "b" / "out", "turbotrain")
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["out"]
 
 
 def test_verification_finds_what_differs(tmp_path: Path) -> None:

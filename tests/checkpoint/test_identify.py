@@ -15,6 +15,7 @@ import torch
 from conversions import CONFIG, make, network, output_path, save
 from safetensors.torch import save_file
 
+from turbotrain.checkpoint import CheckpointProblem
 from turbotrain.checkpoint.convert import convert
 from turbotrain.checkpoint.identify import identify, report, summary
 from turbotrain.checkpoint.keymaps.targets import TARGETS
@@ -138,6 +139,7 @@ def test_comfyui_prefix_and_markers(tmp_path: Path) -> None:
 def test_two_files_are_a_pair_where_their_names_say_so(tmp_path: Path) -> None:
     for seed, name in enumerate(("Wan2.2-flow-high-rCM4.0.pth", "Wan2.2-flow-low-rCM1.0.pth")):
         torch.save(dict(network(seed=seed).state_dict()), tmp_path / name)
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")
     assert {e: n.path.name for e, n in identify(tmp_path).networks.items()} == {
         "high": "Wan2.2-flow-high-rCM4.0.pth",
         "low": "Wan2.2-flow-low-rCM1.0.pth",
@@ -162,3 +164,10 @@ def test_safetensors_are_identified_without_torch(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True)
     assert "wan2.1_t2v_1.3b (dim 1536" in done.stdout
+
+
+def test_a_third_network_leaves_it_open_which_two_are_meant(tmp_path: Path) -> None:
+    for name in ("a_high.safetensors", "a_low.safetensors", "b.safetensors"):
+        save_file({"x": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(CheckpointProblem, match="several weights files"):
+        identify(tmp_path)

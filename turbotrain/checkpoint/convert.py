@@ -89,8 +89,16 @@ def _check_variant(identity: Identity, variant: str | None) -> None:
 
 def _notes(identity: Identity, to: str) -> list[str]:
     notes = []
-    if identity.beside:
-        notes.append(f"beside the weights lie {', '.join(identity.beside[:8])}: left alone")
+    named = identity.first.meta.components if to == "turbotrain" else {}
+    beside = [name for name in identity.beside if name.rstrip("/") not in named.values()]
+    if beside:
+        notes.append(f"beside the weights lie {', '.join(beside[:8])}: left alone")
+    places = {name: value for name, value in named.items() if value.count("/") != 1}  # others are names on a hub
+    lost = [name for name, value in places.items() if _component(identity.first, identity.path, value) is None]
+    if lost:
+        notes.append(
+            f"the metadata name {', '.join(lost)}, not to be found beside the source: infer.py needs {lost[0]}=FOLDER"
+        )
     whole = [
         str(file) for network in identity.networks.values() if network.contents.whole for file in network.contents.files
     ]
@@ -154,17 +162,27 @@ def _metadata(plan: Plan, described: bool) -> dict[str, str]:
     return {"format": "pt", **({METADATA_KEY: plan.meta.to_json()} if described else {})}
 
 
+def _component(network: Network, root: Path, value: str) -> Path | None:
+    """The folder that a component's path in the metadata means: in the network's folder or, of experts, the one above.
+
+    None for one that is not there, or that leads out of the checkpoint: copying it would write outside of the output.
+    """
+    if ".." in Path(value).parts:
+        return None
+    bases = (network.contents.files[0].parent, root)
+    return next((base / value for base in bases if (base / value).is_dir()), None)
+
+
 def _keep_components(plan: Plan, network: Network, root: Path, place: Path, folder: Path) -> None:
     """Small component folders that the source refers to relatively come along; of large ones the path is recorded."""
     kept = dict(plan.meta.components)
     for name, value in plan.meta.components.items():
-        for base, goal in ((network.contents.files[0].parent, place), (root, folder)):
-            found = base / value
-            if Path(value).is_absolute() or not found.is_dir():
-                continue
-            if sum(file.stat().st_size for file in found.rglob("*") if file.is_file()) > COPIED_UP_TO:
-                kept[name] = str(found.resolve())
-            elif not (goal / value).exists():
-                shutil.copytree(found, goal / value)
-            break
+        found = _component(network, root, value)
+        if found is None or Path(value).is_absolute():
+            continue
+        goal = (place if found == network.contents.files[0].parent / value else folder) / value
+        if sum(file.stat().st_size for file in found.rglob("*") if file.is_file()) > COPIED_UP_TO:
+            kept[name] = str(found.resolve())
+        elif not goal.exists():
+            shutil.copytree(found, goal)
     plan.meta.components = kept

@@ -25,6 +25,7 @@ WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 # Two-expert models: our folders, the official ones, and those of a diffusers pipeline; high-noise expert first.
 EXPERT_FOLDERS = (("high", "low"), ("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 _EXPERT_FILES = (r"(?<![a-z])high(?![a-z])", r"(?<![a-z])low(?![a-z])")
+_OTHER_FILES = re.compile(r"vae|t5|clip")
 INDEX_SUFFIX = ".safetensors.index.json"
 AGAIN = "copy or download it again"
 _MAX_HEADER = 100_000_000
@@ -63,13 +64,15 @@ class Glimpse:
 def expert_folders(folder: Path) -> tuple[Path, Path] | None:
     """(high, low) when `folder` holds a two-expert model, else None.
 
-    Two folders with one of the known pairs of names, or exactly two weights files, one called high and one low.
+    Two folders with one of the known pairs of names, or two weights files, one called high and one low, with at most VAEs and
+    text encoders beside them.
     """
     for names in EXPERT_FOLDERS:
         high, low = (folder / name for name in names)
         if high.is_dir() and low.is_dir():
             return high, low
-    files = [file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES] if folder.is_dir() else []
+    listed = folder.iterdir() if folder.is_dir() else ()
+    files = [file for file in listed if file.suffix in WEIGHT_SUFFIXES and not _OTHER_FILES.search(file.stem.lower())]
     marked = [[file for file in files if re.search(sign, file.stem.lower())] for sign in _EXPERT_FILES]
     if len(files) == 2 and [len(found) for found in marked] == [1, 1] and marked[0] != marked[1]:
         return marked[0][0], marked[1][0]
