@@ -91,6 +91,9 @@ class Result:
         return not self.message and all(part.is_ok for part in self.parts)
 
 
+SMALL = {"length": 70, "heads": 1, "dim": 64, "block_q": 64, "block_k": 64, "features": 128}
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Euclidean distance over the norm of `expected`; NaN if either has one, also where both have."""
     got, expected = got.detach().double(), expected.detach().double()
@@ -310,16 +313,17 @@ def main(arguments: Sequence[str] | None = None, case: Case | None = None) -> in
         prog="python -m turbokernels.check", description="Check every kernel against its reference."
     )
     parser.add_argument("--ops", nargs="+", choices=list(CHECKS), metavar="OP", help=f"of {', '.join(CHECKS)}")
-    chosen = parser.parse_args(arguments).ops
+    parser.add_argument("--small", action="store_true", help="the smallest sizes, for tools under which kernels crawl")
+    options = parser.parse_args(arguments)
     if case is None:
         if not torch.cuda.is_available():
             print("torch sees no CUDA device: there are no kernels to check here; every op runs its reference")
             return 0
-        case = Case(torch.device("cuda", torch.cuda.current_device()))
+        case = Case(torch.device("cuda", torch.cuda.current_device()), **(SMALL if options.small else {}))
     name = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else f"{case.device}, interpreted"
     print(f"{name}, torch {torch.__version__}: kernel against reference, worst result of each op")
     results = []
-    for op in chosen or ops_for(case.device):
+    for op in options.ops or ops_for(case.device):
         results.append(run_check(op, case))
         print(describe(results[-1]), flush=True)
     red = [result.op for result in results if not result.is_ok]
