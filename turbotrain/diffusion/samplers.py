@@ -191,6 +191,26 @@ def turbo_times(steps: int, sigma_max: float, times: Sequence[float] | None = No
     return [*clocks.trig_to_rf(torch.tensor(times, dtype=torch.float64)).tolist(), 0.0]
 
 
+def turbo_start(noise_BE: Tensor, s: Sequence[float]) -> Tensor:
+    """The state (B, E) float64 at the first of the RF times `s`: all noise, s_0 e."""
+    return s[0] * noise_BE.double()
+
+
+def turbo_step(
+    x_BE: Tensor, v_BE: Tensor, s: float, s_next: float, noise_BE: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(state at s_next, clean prediction) from the state and the velocity at s.
+
+    With fresh noise the SDE, x <- (1-s') x0 + s' e; without, the ODE, x <- x - (s - s') v. At s' = 0 both give x0.
+    """
+    x0_BE = x_BE - s * v_BE
+    if s_next == 0:
+        return x0_BE, x0_BE
+    if noise_BE is None:
+        return x_BE - (s - s_next) * v_BE, x0_BE
+    return (1 - s_next) * x0_BE + s_next * noise_BE.to(x_BE), x0_BE
+
+
 @torch.no_grad()
 def sample_turbo(
     velocity: Velocity,
@@ -204,22 +224,18 @@ def sample_turbo(
 ) -> Tensor:
     """Latents (B, E) in the noise's dtype from a distilled student, without guidance (method.md, section 6).
 
-    SDE (default): x <- (1-s') x0 + s' e_new, with e_new float32, row j from generators[j]; ODE: x <- x - (s - s') v.
+    SDE (default): fresh noise at every step but the last, float32, row j from generators[j]; ODE: none (`turbo_step`).
     `callback(i, x0)` receives each step's clean prediction. Raises ValueError for steps outside 1..4.
     """
     s = turbo_times(steps, sigma_max, times)
     if steps > 1 and not ode and generators is None:
         raise ValueError("the SDE sampler draws noise at every step: pass generators (one per sample), or ode=True")
-    x_BE = s[0] * noise_BE.double()
+    x_BE = turbo_start(noise_BE, s)
     for i in range(steps):
         v_BE = _evaluate(velocity, x_BE, s[i], integer_timesteps=False)
-        x0_BE = x_BE - s[i] * v_BE
+        is_last = i + 1 == steps
+        fresh_BE = None if ode or is_last or generators is None else draw_noise(x_BE.shape, generators)
+        x_BE, x0_BE = turbo_step(x_BE, v_BE, s[i], s[i + 1], fresh_BE)
         if callback is not None:
             callback(i, x0_BE)
-        if i + 1 == steps:
-            return x0_BE.to(noise_BE.dtype)  # s' = 0: both rules give x0, and no noise is drawn
-        if ode or generators is None:
-            x_BE = x_BE - (s[i] - s[i + 1]) * v_BE
-        else:
-            x_BE = (1 - s[i + 1]) * x0_BE + s[i + 1] * draw_noise(x_BE.shape, generators).to(x_BE)
     return x_BE.to(noise_BE.dtype)
