@@ -1,13 +1,16 @@
-"""One tiny checkpoint for all tests of this folder."""
+"""One tiny checkpoint for all tests of this folder; the command-line tools are imported as modules."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import write_checkpoint
 
 from turbotrain.pipeline import TurboPipeline
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 
 @pytest.fixture(scope="session")
