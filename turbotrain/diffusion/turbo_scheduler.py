@@ -7,8 +7,7 @@
 Two things pass by a scheduler in diffusers' Wan pipelines, and `initial_latents` takes care of both. They feed unit noise e to
 the network, where the sampler begins at s_0 e (s_0 = 0.988 for sigma_max 80); a scheduler sees latents only after the network
 has. And they keep their generator, from which the SDE draws again, to themselves. Without `initial_latents` the state is
-what the network saw, e, and the SDE's noise is the global generator's: as good a video, though not the very one that
-`TurboPipeline` gives for that seed.
+what the network saw, e, and the SDE's noise is the global generator's: another video than `TurboPipeline` gives for that seed.
 
 Shapes: B videos; E a video's own dimensions, C latent channels, T latent frames, H, W latent height and width.
 """
@@ -89,7 +88,7 @@ class TurboScheduler(SchedulerMixin, ConfigMixin):
         s = torch.tensor(self._s, dtype=torch.float64)
         self.num_inference_steps = num_inference_steps
         self.sigmas = s.to(torch.float32)
-        self.timesteps = clocks.rf_to_timestep(s[:-1]).to(device, torch.float32)
+        self.timesteps = clocks.rf_to_timestep(s[:-1]).to(device=device, dtype=torch.float32)
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._state_BE: Tensor | None = None
