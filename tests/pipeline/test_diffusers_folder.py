@@ -103,7 +103,7 @@ def test_equal_latents_of_a_trained_network(trained: Path, tmp_path: Path, ode: 
 
 
 def test_in_bfloat16_both_are_as_near_to_float32(trained: Path, tmp_path: Path) -> None:
-    """The usual precision of a student."""
+    """The usual precision of a student. Measured: ours 0.009, theirs 0.014, which keeps fewer parts in float32."""
     folder = export_pipeline(trained, tmp_path / "diffusers", dtype="bfloat16").folder
     pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
     exact, ours = (
@@ -117,7 +117,7 @@ def test_in_bfloat16_both_are_as_near_to_float32(trained: Path, tmp_path: Path) 
 
 
 def test_a_plain_call_begins_at_unit_noise(trained: Path, tmp_path: Path) -> None:
-    """Without initial_latents the first state is 1.2% larger: a video of its own, close to ours for the same noise."""
+    """Without initial_latents the first state is 1.2% larger: a video of its own, 3% from ours for the same noise."""
     pipe = load(export_pipeline(trained, tmp_path / "diffusers").folder)
     pipe.scheduler = TurboScheduler.from_config(pipe.scheduler.config, ode=True)
     ours = TurboPipeline.from_checkpoint(trained, "cpu")(PROMPTS[:1], steps=4, seed=1, ode=True).latents
@@ -157,7 +157,8 @@ def test_diffusers_own_copy_of_the_folder_loads_again(exported: Path, tmp_path: 
     again = load(tmp_path / "copy")
     assert isinstance(again.scheduler, TurboScheduler)
     latents = [their_latents(each, PROMPTS[:1], [0], 2) for each in (again, pipe)]
-    torch.testing.assert_close(*latents, atol=1e-5, rtol=0)  # weights lie elsewhere in memory: sums are taken in another order
+    # Not equal bit for bit: the weights lie elsewhere in memory, and sums are taken in another order.
+    torch.testing.assert_close(*latents, atol=1e-5, rtol=0)
     index = [json.loads((folder / "model_index.json").read_text()) for folder in (exported, tmp_path / "copy")]
     entries = [{name: tuple(value) for name, value in each.items() if isinstance(value, list)} for each in index]
     assert entries[0]["scheduler"] == entries[1]["scheduler"]
