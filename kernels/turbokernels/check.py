@@ -91,7 +91,9 @@ class Result:
         return not self.message and all(part.is_ok for part in self.parts)
 
 
-SMALL = {"length": 70, "heads": 1, "dim": 64, "block_q": 64, "block_k": 64, "features": 128}
+def small_case(device: torch.device) -> Case:
+    """The smallest sizes that have a whole and a ragged block."""
+    return Case(device, length=70, heads=1, dim=64, block_q=64, block_k=64, features=128)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -319,7 +321,8 @@ def main(arguments: Sequence[str] | None = None, case: Case | None = None) -> in
         if not torch.cuda.is_available():
             print("torch sees no CUDA device: there are no kernels to check here; every op runs its reference")
             return 0
-        case = Case(torch.device("cuda", torch.cuda.current_device()), **(SMALL if options.small else {}))
+        device = torch.device("cuda", torch.cuda.current_device())
+        case = small_case(device) if options.small else Case(device)
     name = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else f"{case.device}, interpreted"
     print(f"{name}, torch {torch.__version__}: kernel against reference, worst result of each op")
     results = []
