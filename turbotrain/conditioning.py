@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from turbotrain.codecs import VideoCodec
+from turbotrain.codecs.image import clip_tokens
 from turbotrain.model.variants import Variant
 
 MASK_CHANNELS = 4  # one a pixel frame of a latent frame
@@ -96,7 +97,7 @@ def condition_on_image(
         if not place:
             raise ValueError(
                 f"image_encoder is missing: variant {variant.name} reads CLIP tokens of the image; "
-                "add components.image_encoder (a CLIP vision folder) to the checkpoint's metadata"
+                "say image_encoder=PATH, a CLIP vision folder or the official file"
             )
         clip_BLD = clip_tokens(place, picture, device)
     return Conditioning(y_BCTHW=y_BCTHW, clip_BLD=clip_BLD)
@@ -132,18 +133,6 @@ def scale_and_crop(picture: Image.Image, height: int, width: int) -> np.ndarray:
     scaled = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
     return np.asarray(scaled.crop((left, top, left + width, top + height)))
-
-
-def clip_tokens(place: str, picture: Image.Image, device: str | torch.device) -> Tensor:
-    """(1, L, D) tokens before the last layer of a CLIP vision tower (transformers layout)."""
-    from transformers import CLIPImageProcessor, CLIPVisionModel  # seconds to import: only i2v with CLIP pays for it
-
-    encoder = CLIPVisionModel.from_pretrained(place).eval()
-    encoder.to(device=torch.device(device))  # type: ignore[call-arg]  # transformers' own stub
-    pixels = CLIPImageProcessor.from_pretrained(place)(images=picture, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        hidden = encoder(pixels.to(device, encoder.dtype), output_hidden_states=True).hidden_states
-    return hidden[-2].float()
 
 
 def _masked_clip(

@@ -208,7 +208,7 @@ def test_components_are_found_beside_the_checkpoint_or_named(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert find_component("vae", {"vae": "vae"}, tmp_path / "here") == str(tmp_path / "here" / "vae")
     assert find_component("vae", {"vae": "Wan-AI/some-vae"}, tmp_path / "here") == "Wan-AI/some-vae"
-    with pytest.raises(ValueError, match="names no tokenizer: say tokenizer=FOLDER"):
+    with pytest.raises(ValueError, match="names no tokenizer: say tokenizer=PATH"):
         find_component("tokenizer", {}, tmp_path / "here")
     with pytest.raises(ValueError, match=r"vae = './gone': not found beside"):
         find_component("vae", {"vae": "./gone"}, tmp_path / "here")

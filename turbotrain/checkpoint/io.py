@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,14 @@ MAX_SHARD_BYTES = 10 * 2**30
 # ---- reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint under the names in its files, on the CPU.
+def read_tensors(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
+    """All tensors of a checkpoint under the names in its files, on the CPU. mmap: pickles stay in the file until they are used.
 
     Raises CheckpointProblem: nothing there, truncated, shards missing, or a pickle that holds more than tensors.
     """
     tensors: dict[str, Tensor] = {}
     for file in header.find_weights(path):
-        tensors.update(_read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file))
+        tensors.update(_read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, mmap=mmap))
     return tensors
 
 
@@ -57,15 +58,16 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointProblem(f"{path}: {error}; {header.AGAIN}") from error
 
 
-def read_pickle(path: Path, data: bool = True) -> dict[str, Tensor]:
+def read_pickle(path: Path, data: bool = True, *, mmap: bool = False) -> dict[str, Tensor]:
     """The tensors of a torch file, at its top level or under state_dict, model or module.
 
     data=False: on the meta device, without their numbers; `untyped_storage()._checkpoint_offset` says where in the file these
-    begin.
+    begin. mmap: they stay in the file until they are used.
     Raises CheckpointProblem: truncated, or more than tensors inside.
     """
     header.refuse_unsafe_pickle(path)
-    state = _load_pickle(path, str(path), "cpu" if data else "meta")
+    # The format before torch 1.6 is no archive and cannot be mapped.
+    state = _load_pickle(path, str(path), "cpu" if data else "meta", mmap=mmap and zipfile.is_zipfile(path))
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         nested = next((state[key] for key in ("state_dict", "model", "module") if key in state), None)
         if nested is None:
@@ -78,9 +80,9 @@ def read_pickle(path: Path, data: bool = True) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _load_pickle(source: Path | io.BytesIO, name: str, device: str = "cpu") -> Any:
+def _load_pickle(source: Path | io.BytesIO, name: str, device: str = "cpu", *, mmap: bool = False) -> Any:
     try:
-        return torch.load(source, map_location=device, weights_only=True)
+        return torch.load(source, map_location=device, weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:
         raise CheckpointProblem(
             f"{name}: refused, this pickle holds more than tensors ({str(error).splitlines()[0]}); convert it to safetensors "

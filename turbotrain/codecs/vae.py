@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from turbotrain.codecs.folders import reading, require_complete
+from turbotrain.codecs.official import is_official_file, load_vae
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, which a command that fails on bad input should not pay
     from diffusers import AutoencoderKLWan
@@ -36,19 +37,23 @@ class VideoCodec:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> VideoCodec:
-        """Load a diffusers VAE folder (or hub id).
+        """Load a diffusers VAE folder (or hub id), or an official `.pth`.
 
         Raises:
-            ValueError: the folder holds no `AutoencoderKLWan`, or weights are missing from it.
+            ValueError: no `AutoencoderKLWan`, a pickle that would run code, or weights are missing.
         """
         from diffusers import AutoencoderKLWan
 
-        with reading("vae", path, "AutoencoderKLWan"):
-            loaded: Any = AutoencoderKLWan.from_pretrained(
-                str(path), torch_dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
-            )
-            vae, info = cast("tuple[AutoencoderKLWan, dict[str, Any]]", loaded)  # annotated for the call without info
-            require_complete(info)
+        if is_official_file(path):
+            vae = load_vae(path, dtype or torch.float32)
+        else:
+            with reading("vae", path, "AutoencoderKLWan"):
+                loaded: Any = AutoencoderKLWan.from_pretrained(
+                    str(path), torch_dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
+                )
+                # Annotated for the call without info.
+                vae, info = cast("tuple[AutoencoderKLWan, dict[str, Any]]", loaded)
+                require_complete(info)
         nn.Module.to(vae, device)  # diffusers' decorator hides the signature of its own `to`
         return cls(vae)
 
