@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from turbotrain.checkpoint import layouts
+from turbotrain.checkpoint.components import COMPONENTS, TEXT_DEVICES, TEXT_DTYPES, check_component, find_component
 from turbotrain.checkpoint.header import CheckpointProblem, Glimpse, check_checkpoint, inspect_checkpoint
 from turbotrain.compose import UsageError, compose, reject
 from turbotrain.model.attention_config import KINDS
@@ -30,7 +31,7 @@ WEIGHTS = ("checkpoint", "random")
 SCHEMES = ("none", "int8_channel", "int8_block128", "fp8_channel")
 OUTPUT_SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 # Free text: taken as typed, so that commas and quotes in a prompt need no escaping.
-TEXT_FIELDS = ("checkpoint", "prompt", "prompts", "negative_prompt", "image", "output", "teacher")
+TEXT_FIELDS = ("checkpoint", "prompt", "prompts", "negative_prompt", "image", "output", "teacher", *COMPONENTS)
 MAX_TURBO_STEPS = 4
 _ROOM_BYTES = 1 << 20
 
@@ -44,7 +45,7 @@ class InferConfig:
     checkpoint: str = _help("", "checkpoint folder or file; the only thing that must be said besides a prompt")
     prompt: str = _help("", "what the video shows")
     prompts: str = _help("", "text file with one prompt a line, instead of prompt")
-    negative_prompt: str | None = _help(None, "teacher sampler only; default: the variant's own")
+    negative_prompt: str | None = _help(None, "teacher sampler; default: the variant's own; no effect in turbo")
     image: str = _help("", "first frame, for i2v and ti2v variants")
     output: str = _help("out.mp4", "file to write; suffix .mp4, .gif, .webp or .png; several videos get numbered names")
     mode: str = _help("generate", "generate | evaluate | benchmark")
@@ -68,9 +69,13 @@ class InferConfig:
         "auto", "auto (what the checkpoint says) | sla | sage_sla (8-bit attention, equal weights)"
     )
     variant: str | None = _help(None, "for files of other projects, which do not name it")
-    vae: str | None = _help(None, "VAE folder or hub id, where the checkpoint names none")
-    text_encoder: str | None = _help(None, "text encoder folder or hub id, where the checkpoint names none")
-    tokenizer: str | None = _help(None, "tokenizer folder or hub id, where the checkpoint names none")
+    vae: str | None = _help(None, "VAE: folder, official .pth or hub id, where the checkpoint names none")
+    text_encoder: str | None = _help(None, "text encoder: folder, official .pth or hub id, likewise")
+    tokenizer: str | None = _help(None, "tokenizer: folder or hub id, likewise")
+    image_encoder: str | None = _help(None, "CLIP of Wan 2.1 I2V: folder, official .pth or hub id, likewise")
+    text_device: str = _help("auto", "auto (the GPU while it encodes, if it fits) | cpu | cuda")
+    text_dtype: str = _help("auto", "auto (bfloat16 for Wan) | float32 | bfloat16 | int8 (weights in half the memory)")
+    text_cache: bool = _help(True, "generate: keep text embeddings in ~/.cache/turbotrain/text")
     count: int = _help(64, "evaluate: held-out prompts")
     teacher: str = _help("", "evaluate: teacher checkpoint for PSNR and SSIM at equal seeds; empty: none")
     teacher_steps: int | None = _help(None, "evaluate: steps of that teacher; default: the variant's own")
@@ -139,6 +144,8 @@ def check(config: InferConfig) -> Request:
     _choice("solver", config.solver, SOLVERS)
     _choice("dtype", config.dtype, DTYPES)
     _choice("weights", config.weights, WEIGHTS)
+    _choice("text_device", config.text_device, TEXT_DEVICES)
+    _choice("text_dtype", config.text_dtype, TEXT_DTYPES)
     _choice("scheme", config.scheme, SCHEMES)
     _choice("attention_kind", config.attention_kind, ("auto", *KINDS))
     _check_numbers(config)
@@ -159,7 +166,9 @@ def check(config: InferConfig) -> Request:
     _check_sigma_max(config, glimpse)
     _check_size(config, variant)
     _check_image(config, variant)
-    _check_device(config.device)
+    _check_components(config, glimpse, variant)
+    _check_device("device", config.device)
+    _check_device("text_device", config.text_device)
     _check_output(config)
     return Request(config, prompts, glimpse, variant)
 
@@ -176,7 +185,7 @@ def _check_random(config: InferConfig) -> Request:
     _choice("variant", config.variant, tuple(VARIANTS))
     variant = VARIANTS[config.variant]
     _check_size(config, variant)
-    _check_device(config.device)
+    _check_device("device", config.device)
     _check_output(config)
     return Request(config, [], None, variant)
 
@@ -216,7 +225,7 @@ def _check_numbers(config: InferConfig) -> None:
         if value is not None and value < 1:
             reject(name, value, "at least 1")
     if config.sampling == "turbo":
-        for name in ("guidance", "shift", "negative_prompt"):
+        for name in ("guidance", "shift"):
             if getattr(config, name) is not None:
                 reject(
                     name,
@@ -327,17 +336,28 @@ def _check_image(config: InferConfig, variant: Variant | None) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def _check_components(config: InferConfig, glimpse: Glimpse, variant: Variant | None) -> None:
+    """That every part is somewhere, and that files among them are whole and safe."""
+    given = {name: value for name in COMPONENTS if (value := getattr(config, name)) is not None}
+    parts = {**((glimpse.metadata or {}).get("components") or {}), **given}
+    reads_clip = variant is not None and variant.config.image_dim is not None
+    if config.image_encoder is not None and variant is not None and not reads_clip:
+        reject("image_encoder", config.image_encoder, f"variant {variant.name} reads no CLIP tokens; leave it out")
+    for name in COMPONENTS if reads_clip else COMPONENTS[:3]:
+        check_component(name, find_component(name, parts, Path(config.checkpoint).expanduser()))
+
+
+def _check_device(name: str, device: str) -> None:
     kind, _, index = device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
-        reject("device", device, "choose auto, cpu, cuda or cuda:N")
+        reject(name, device, "choose auto, cpu, cuda or cuda:N")
     if kind != "cuda":
         return
     count = _cuda_devices()
     if count == 0:
-        reject("device", device, "this machine shows no CUDA device; use device=cpu or device=auto")
+        reject(name, device, f"this machine shows no CUDA device; use {name}=cpu or {name}=auto")
     if count is not None and index and int(index) >= count:
-        reject("device", device, f"this machine shows {count} CUDA device(s); use cuda:0 to cuda:{count - 1}")
+        reject(name, device, f"this machine shows {count} CUDA device(s); use cuda:0 to cuda:{count - 1}")
 
 
 def _cuda_devices() -> int | None:

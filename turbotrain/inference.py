@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turbotrain.checkpoint.components import COMPONENTS
 from turbotrain.compose import UsageError
 from turbotrain.infer_config import InferConfig, Request, load_request, usage
 
@@ -64,6 +65,7 @@ def _quiet_libraries() -> None:
 def _load(config: InferConfig) -> TurboPipeline:
     import torch
 
+    from turbotrain.codecs.cache import default_folder
     from turbotrain.pipeline import TurboPipeline
 
     start = time.perf_counter()
@@ -72,10 +74,11 @@ def _load(config: InferConfig) -> TurboPipeline:
         device=config.device,
         dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
         variant=config.variant,
-        components={
-            name: value for name in ("vae", "text_encoder", "tokenizer") if (value := getattr(config, name)) is not None
-        },
+        components={name: value for name in COMPONENTS if (value := getattr(config, name)) is not None},
         attention_kind=None if config.attention_kind == "auto" else config.attention_kind,
+        text_device=config.text_device,
+        text_dtype=config.text_dtype,
+        text_cache=default_folder() if config.text_cache and config.mode == "generate" else None,
     )
     _say(f"loaded {pipe.variant.name} from {config.checkpoint} on {pipe.device} in {time.perf_counter() - start:.1f} s")
     return pipe
@@ -83,14 +86,23 @@ def _load(config: InferConfig) -> TurboPipeline:
 
 def _generate(request: Request, pipe: TurboPipeline) -> None:
     from turbotrain.evaluation.video import write_video
+    from turbotrain.model.variants import default_negative_prompt
+    from turbotrain.pipeline import NO_NEGATIVE
 
     config = request.config
+    negative = config.negative_prompt
+    if config.sampling == "turbo" and negative is not None:
+        print(f"warning: {NO_NEGATIVE}", file=sys.stderr, flush=True)
+        negative = None
     if config.seeds:
         jobs = [(prompt, seed) for prompt in request.prompts for seed in config.seeds]
     else:
         jobs = [(prompt, config.seed + index) for index, prompt in enumerate(request.prompts)]
     targets = output_paths(Path(config.output).expanduser(), [seed for _, seed in jobs])
     fps = config.fps or float(pipe.variant.fps)
+    if len(jobs) > config.batch_size:  # all at once, so that the text encoder comes and goes once
+        read = default_negative_prompt(pipe.variant) if negative is None else negative
+        pipe.encode_prompts([*request.prompts, *([read] if config.sampling == "teacher" else [])])
     for start in range(0, len(jobs), config.batch_size):
         chunk = jobs[start : start + config.batch_size]
         result = pipe(
@@ -107,7 +119,7 @@ def _generate(request: Request, pipe: TurboPipeline) -> None:
             width=config.width,
             height=config.height,
             frames=config.frames,
-            negative_prompt=config.negative_prompt,
+            negative_prompt=negative,
         )
         # Written as they come: an interruption in a long list keeps what is done.
         for target, frames_THWC, (prompt, seed) in zip(targets[start:], result.videos, chunk):

@@ -11,6 +11,7 @@ Shapes: B videos, C latent channels, T latent frames, H, W latent height and wid
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_meta
+from turbotrain.checkpoint.components import find_component
 from turbotrain.checkpoint.header import expert_folders
-from turbotrain.codecs import TextEncoder, VideoCodec
+from turbotrain.codecs import PromptEncoder, TextEncoder, VideoCodec
+from turbotrain.codecs.prompts import prompt_encoder
+from turbotrain.codecs.text import clean
 from turbotrain.conditioning import Conditioning, condition_on_image, load_image, size_for_area
 from turbotrain.diffusion.guidance import guided, switch_experts
 from turbotrain.diffusion.samplers import (
@@ -39,9 +43,11 @@ from turbotrain.diffusion.samplers import (
 )
 from turbotrain.diffusion.velocity import Velocity, bind
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.variants import VARIANTS, Variant
+from turbotrain.model.variants import VARIANTS, Variant, WanConfig, default_negative_prompt
 
 Callback = Callable[[int, int], None]  # (step just done, steps in all)
+NO_NEGATIVE = "negative_prompt has no effect: the Turbo sampler has no guidance, only the teacher's sampler has"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,7 +79,7 @@ class TurboPipeline:
 
     Args:
         experts: one network, or (high noise, low noise) of a two-expert variant.
-        codec, text_encoder: shared freely between pipelines; they hold no state of a call.
+        codec, text_encoder: shared freely between pipelines; they hold no state of a call. A plain TextEncoder stays where it is.
         variant: sampling defaults; `meta.sampler` overrides those of the Turbo sampler.
         components: places of further parts that are loaded when a call needs them (`image_encoder`).
     """
@@ -82,7 +88,7 @@ class TurboPipeline:
         self,
         experts: Sequence[nn.Module],
         codec: VideoCodec,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | PromptEncoder,
         variant: Variant,
         meta: CheckpointMeta | None = None,
         device: str | torch.device = "cpu",
@@ -95,12 +101,13 @@ class TurboPipeline:
             )
         self.experts = [expert.eval() for expert in experts]
         self.codec = codec
-        self.text_encoder = text_encoder
+        self.device = torch.device(device)
+        if isinstance(text_encoder, TextEncoder):
+            text_encoder = PromptEncoder.holding(text_encoder, self.device)
+        self.prompts = text_encoder
         self.variant = variant
         self.meta = meta
         self.components = components or {}
-        self.device = torch.device(device)
-        self._embeddings: dict[str, Tensor] = {}
 
     @classmethod
     def from_checkpoint(
@@ -112,6 +119,9 @@ class TurboPipeline:
         variant: str | None = None,
         components: dict[str, str] | None = None,
         attention_kind: str | None = None,
+        text_device: str = "auto",
+        text_dtype: str = "auto",
+        text_cache: Path | None = None,
     ) -> TurboPipeline:
         """Loads a Turbo checkpoint with the components that its metadata names.
 
@@ -122,7 +132,10 @@ class TurboPipeline:
                 layers stay int8 unless a dtype is given.
             variant: for files of other projects, whose metadata does not say; must agree with metadata that does.
             attention_kind: `sla` or `sage_sla` (8-bit attention) for a checkpoint of either; None: what it says.
-            components: `vae`, `text_encoder`, `tokenizer`: paths or hub ids that replace or complete the metadata's.
+            components: `vae`, `text_encoder`, `tokenizer`, `image_encoder`: paths or hub ids that replace or complete the
+                metadata's; an official Wan folder or a diffusers pipeline brings its own.
+            text_device, text_dtype: as `codecs.prompts.prompt_encoder` takes them.
+            text_cache: folder of text embeddings, of earlier runs and for later ones; None: none.
 
         Raises:
             ValueError: a component is missing or of other dimensions, the variant is unknown, no such device, dense attention.
@@ -143,26 +156,30 @@ class TurboPipeline:
             raise ValueError(
                 f"attention_kind={attention_kind!r}: {path} was trained with dense attention; leave it out"
             )
-        attention = None if attention_kind is None else {"kind": attention_kind}
-        experts = [
-            load_transformer(folder, str(place), _network_dtype(dtype, part, place), attention)
-            for folder, part in zip(folders, metas)
-        ]
         parts = {**meta.components, **{key: value for key, value in (components or {}).items() if value}}
-        wanted = ["vae", "text_encoder", "tokenizer", *(["image_encoder"] if "image_encoder" in parts else [])]
+        config = WanConfig.from_dict(meta.config)
+        wanted = ["vae", "text_encoder", "tokenizer", *(["image_encoder"] if config.image_dim is not None else [])]
         places = {key: find_component(key, parts, path) for key in wanted}
         side_dtype = _network_dtype(None if place.type == "cpu" else dtype, replace(meta, quantization=None), place)
         codec = VideoCodec.from_pretrained(places["vae"], device=str(place), dtype=side_dtype)
-        config = experts[0].config
-        text_encoder = TextEncoder.from_pretrained(
-            places["text_encoder"], places["tokenizer"], device=str(place), dtype=side_dtype, text_len=config.text_len
-        )
         if codec.latent_channels != config.out_channels:
             raise ValueError(
                 f"vae={places['vae']}: gives {codec.latent_channels} latent channels, but {path} was trained on "
                 f"{config.out_channels}; use the VAE of variant {name}"
             )
-        return cls(experts, codec, text_encoder, VARIANTS[name], meta, place, places)
+        # umT5-XXL is published, and used by Wan, in bf16; small worlds have encoders of their own.
+        text_default = side_dtype if VARIANTS[name].vae == "shapes" else torch.bfloat16
+        text = prompt_encoder(places, config, place, text_default, text_device, text_dtype, text_cache)
+        attention = None if attention_kind is None else {"kind": attention_kind}
+        experts = [
+            load_transformer(folder, str(place), _network_dtype(dtype, part, place), attention)
+            for folder, part in zip(folders, metas)
+        ]
+        return cls(experts, codec, text, VARIANTS[name], meta, place, places)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        return self.prompts.text_encoder
 
     def with_networks(self, experts: Sequence[nn.Module], meta: CheckpointMeta | None = None) -> TurboPipeline:
         """This pipeline with other networks: codec, text encoder and text embeddings stay shared."""
@@ -211,7 +228,7 @@ class TurboPipeline:
         """
         start = time.perf_counter()
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or not all(text.strip() for text in prompts):
+        if not prompts or not all(clean(text) for text in prompts):
             raise ValueError(f"prompt = {prompt!r}: empty; say what the video shows")
         row_seeds = list(seeds) if seeds is not None else [seed + j for j in range(len(prompts))]
         if len(row_seeds) != len(prompts):
@@ -223,6 +240,8 @@ class TurboPipeline:
                     image, self.variant.height * self.variant.width, self.variant.size_multiple
                 )
         shape = self.latent_shape(frames, height, width)
+        if mode == "turbo" and negative_prompt is not None:
+            logger.warning(NO_NEGATIVE)
         negative = default_negative_prompt(self.variant) if negative_prompt is None else negative_prompt
 
         with torch.inference_mode():
@@ -287,11 +306,7 @@ class TurboPipeline:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D) float32 text embeddings; each distinct prompt is encoded once in the pipeline's life."""
-        missing = [text for text in dict.fromkeys(prompts) if text not in self._embeddings]
-        for start in range(0, len(missing), 64):
-            chunk = missing[start : start + 64]
-            self._embeddings.update(zip(chunk, self.text_encoder.encode(chunk).to(self.device)))
-        return torch.stack([self._embeddings[text] for text in prompts])
+        return self.prompts(prompts)
 
     def sample(
         self,
@@ -444,47 +459,6 @@ def resolve_device(device: str | torch.device) -> torch.device:
                 f"device = {str(device)!r}: torch sees {count} CUDA device(s); use device=cpu or device=auto"
             )
     return place
-
-
-def find_component(name: str, components: dict[str, str], checkpoint: Path) -> str:
-    """Where a component lies: relative to the checkpoint folder (or to the folder above an expert), absolute, or a hub id.
-
-    Raises:
-        ValueError: the checkpoint names none, or names a relative path that is not there.
-    """
-    value = components.get(name)
-    if not value:
-        raise ValueError(
-            f"{checkpoint} names no {name}: say {name}=FOLDER (its metadata may record it when it is exported)"
-        )
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    bases = [folder, folder / "high", folder.parent]
-    candidates = (
-        [Path(value).expanduser(), *(base / value for base in bases)]
-        if not Path(value).is_absolute()
-        else [Path(value)]
-    )
-    # The checkpoint's own folder comes before the working directory: a stray ./vae must not win.
-    for candidate in [*candidates[1:], candidates[0]]:
-        if candidate.exists():
-            return str(candidate)
-    looks_like_hub_id = value.count("/") == 1 and not value.startswith((".", "/"))
-    if looks_like_hub_id:
-        return value
-    raise ValueError(f"{name} = {value!r}: not found beside {checkpoint}; say {name}=FOLDER")
-
-
-def default_negative_prompt(variant: Variant) -> str:
-    """The published negative prompt of Wan (formats.md 9); the shapes world has none."""
-    if variant.vae == "shapes":
-        return ""
-    return ("镜头晃动，" if variant.name.startswith("wan2.1_i2v") else "") + _WAN_NEGATIVE
-
-
-_WAN_NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
 
 
 def _network_dtype(dtype: torch.dtype | None, meta: CheckpointMeta, device: torch.device) -> torch.dtype | None:

@@ -57,9 +57,7 @@ def benchmark(
         for repeat in range(warmup + repeats):
             marks = [_now(pipe)]
             step_marks = [marks[0]]
-            context_BLD = pipe.text_encoder.encode([prompt]).to(
-                pipe.device
-            )  # not through the pipeline, which would remember it
+            context_BLD = pipe.prompts.encode([prompt])  # the pipeline itself would remember it
             negative_BLD = pipe.encode_prompts([""]) if mode == "teacher" else None
             marks.append(_now(pipe))
             step_marks[0] = marks[-1]

@@ -198,3 +198,16 @@ VARIANTS: dict[str, Variant] = {
 def variants_with(config: WanConfig) -> list[str]:
     """Names of the variants whose network has exactly these dimensions (Wan 2.1 14B and 2.2 A14B share theirs)."""
     return [name for name, variant in VARIANTS.items() if variant.config == config]
+
+
+def default_negative_prompt(variant: Variant) -> str:
+    """The published negative prompt of Wan (formats.md 9); the shapes world has none."""
+    if variant.vae == "shapes":
+        return ""
+    return ("镜头晃动，" if variant.name.startswith("wan2.1_i2v") else "") + _WAN_NEGATIVE
+
+
+_WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
