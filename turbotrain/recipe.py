@@ -183,10 +183,11 @@ def check_inputs(config: Config, selected: list[str]) -> None:
 
 
 def _holds_codec(path: Path) -> bool:
-    """A folder with a VAE in it, or a checkpoint that says where its components lie."""
+    """A folder with a VAE in it (an official Wan folder too), or a checkpoint that says where its components lie."""
+    from turbotrain.checkpoint.components import published_part
     from turbotrain.checkpoint.header import inspect_checkpoint
 
-    if (path / "vae").is_dir():
+    if published_part("vae", path) is not None:
         return True
     return bool((inspect_checkpoint(path).metadata or {}).get("components"))
 

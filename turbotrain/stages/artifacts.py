@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from turbotrain.checkpoint import CheckpointMeta, read_meta, save_checkpoint
+from turbotrain.checkpoint.components import published_part
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.config import Config
 from turbotrain.evaluation.video import contact_sheet, png_bytes, write_bytes
@@ -43,8 +44,8 @@ def codec_parts(context: StageContext) -> dict[str, Path]:
     folder = context.inputs.get("codec")
     if folder is None:
         return {}
-    beside = {name: folder / name for name in COMPONENTS}
-    if all(path.is_dir() for path in beside.values()):
+    beside = {name: path for name in COMPONENTS if (path := published_part(name, folder)) is not None}
+    if len(beside) == len(COMPONENTS):
         return beside
     named = read_meta(folder).components
     return {name: Path(find_component(name, named, folder)) for name in COMPONENTS}
@@ -52,11 +53,13 @@ def codec_parts(context: StageContext) -> dict[str, Path]:
 
 def load_codec(parts: Mapping[str, Path], device: torch.device, variant: Variant) -> tuple[VideoCodec, TextEncoder]:
     codec = VideoCodec.from_pretrained(str(parts["vae"]), device=str(device), dtype=torch.float32)
+    # Wan's umT5 is 11 GB in bf16, as it is published; a pipeline takes it to the device while it encodes.
+    small = variant.vae == "shapes"
     text = TextEncoder.from_pretrained(
         str(parts["text_encoder"]),
         str(parts["tokenizer"]),
-        device=str(device),
-        dtype=torch.float32,
+        device=str(device) if small else "cpu",
+        dtype=torch.float32 if small else torch.bfloat16,
         text_len=variant.config.text_len,
     )
     return codec, text
@@ -87,7 +90,7 @@ def write_model(
     entry = {"stage": context.name, "inputs": inputs, "commit": made["commit"], "torch": made["torch"]}
     parts = codec_parts(context)
     size = sum(file.stat().st_size for path in parts.values() for file in path.rglob("*") if file.is_file())
-    copied = parts if size <= COPIED_UP_TO else {}
+    copied = parts if size <= COPIED_UP_TO and all(path.is_dir() for path in parts.values()) else {}
     meta = CheckpointMeta(
         variant=context.variant.name,
         config=network.config.to_dict(),
