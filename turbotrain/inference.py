@@ -136,7 +136,6 @@ def _evaluate(request: Request, pipe: TurboPipeline) -> None:
     from turbotrain.evaluation import judge
     from turbotrain.evaluation.evaluate import Row, evaluate
     from turbotrain.evaluation.report import print_rows
-    from turbotrain.evaluation.video import write_bytes
 
     config = request.config
     if pipe.variant.vae != "shapes":
@@ -169,14 +168,11 @@ def _evaluate(request: Request, pipe: TurboPipeline) -> None:
         width=config.width,
     )
     print_rows(result.rows)
-    if config.json:
-        write_bytes(config.json, _json({"rows": result.rows, "environment": result.environment}))
-        _say(config.json)
+    _keep(config, {"rows": result.rows, "environment": result.environment})
 
 
 def _benchmark(request: Request, pipe: TurboPipeline) -> None:
     from turbotrain.evaluation.benchmark import benchmark, print_benchmark
-    from turbotrain.evaluation.video import write_bytes
 
     config = request.config
     given = {"ode": config.ode, "sigma_max": config.sigma_max, "guidance": config.guidance, "shift": config.shift}
@@ -195,16 +191,13 @@ def _benchmark(request: Request, pipe: TurboPipeline) -> None:
         **given,
     )
     print_benchmark(result)
-    if config.json:
-        write_bytes(config.json, _json(result))
-        _say(config.json)
+    _keep(config, result)
 
 
 def _benchmark_forward(request: Request) -> None:
     import torch
 
     from turbotrain.evaluation.forward import benchmark_forward, print_forward
-    from turbotrain.evaluation.video import write_bytes
     from turbotrain.pipeline import resolve_device
 
     config, variant = request.config, request.variant
@@ -224,9 +217,7 @@ def _benchmark_forward(request: Request) -> None:
         seed=config.seed,
     )
     print_forward(result)
-    if config.json:
-        write_bytes(config.json, _json(result))
-        _say(config.json)
+    _keep(config, result)
 
 
 def output_paths(output: Path, seeds: Sequence[int]) -> list[Path]:
@@ -237,10 +228,14 @@ def output_paths(output: Path, seeds: Sequence[int]) -> list[Path]:
     return [output.with_name(f"{output.stem}-{i:0{digits}d}-seed{seed}{output.suffix}") for i, seed in enumerate(seeds)]
 
 
-def _json(value: Any) -> bytes:
-    from turbotrain.evaluation.evaluate import finite
+def _keep(config: InferConfig, result: Any) -> None:
+    """Writes the result where `json` asks for it."""
+    if config.json:
+        from turbotrain.evaluation.evaluate import finite
+        from turbotrain.evaluation.video import write_bytes
 
-    return (json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n").encode()
+        write_bytes(config.json, (json.dumps(finite(result), indent=2, ensure_ascii=False) + "\n").encode())
+        _say(config.json)
 
 
 def _say(text: str) -> None:

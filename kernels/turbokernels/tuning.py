@@ -59,6 +59,10 @@ class Launch:
         """The block size called `name`, for grids and padding."""
         return dict(self.blocks)[name]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a block called `name`."""
+        return any(name == known for known, _ in self.blocks)
+
     def kwargs(self, **constants: Any) -> dict[str, Any]:
         """Keyword arguments of the launch, with its other compile-time constants: kernel[grid](..., **launch.kwargs())."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **dict(self.blocks), **constants}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conversions import CONFIG, network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,22 +17,10 @@ from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_checkpo
 from turbotrain.checkpoint.layouts import PUBLISHED_SLA, native_names, strip_wrappers, to_layout
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.quant_linear import QuantLinear, dequantize_model
-from turbotrain.model.variants import VARIANTS, WanConfig
+from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
 
-CONFIG = WanConfig(
-    dim=128, ffn_dim=192, num_heads=1, num_layers=2, text_dim=16, freq_dim=32, in_channels=4, out_channels=4
-)
 SLA = AttentionConfig("sla", 0.25, 16, 32, "cube", "elu")
-
-
-def network(config: WanConfig = CONFIG, attention: AttentionConfig | None = None, seed: int = 0) -> WanTransformer:
-    torch.manual_seed(seed)
-    model = WanTransformer(config, attention)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def describe(model: WanTransformer, **fields: Any) -> CheckpointMeta:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from turbotrain.checkpoint.atomic import new_file
 from turbotrain.codecs.text import clean
 
 logger = logging.getLogger(__name__)
@@ -88,14 +88,8 @@ class EmbeddingCache:
         filled = embeds_LD.any(dim=1).nonzero()
         rows_LD = embeds_LD[: int(filled.max()) + 1 if len(filled) else 1]
         path = self.path(prompt)
-        temporary: str | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=self.folder)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(save({_KEY: rows_LD.detach().float().cpu().contiguous()}))
-            os.replace(temporary, path)
+            with new_file(path) as new:
+                new.write_bytes(save({_KEY: rows_LD.detach().float().cpu().contiguous()}))
         except OSError as error:
-            logger.warning("%s: not cached (%s); text_cache=false asks for none", path, error.strerror or error)
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            logger.warning("not cached: %s; text_cache=false asks for none", error)

@@ -169,7 +169,7 @@ def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, 
 
     def run(launch: Launch) -> Tensor:
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if "SLOTS" in dict(launch.blocks):
+        if "SLOTS" in launch:
             _attend_hopper(q_values, k_values, values, scales, lists, o, sizes, kept is not None, blocks, launch)
             return o
         kernel.attend_kernel[n_q_blocks * (block_q // launch["ROWS"]), groups](

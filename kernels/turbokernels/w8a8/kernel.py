@@ -240,7 +240,7 @@ def _linear_rows(
         return y_MN
 
     def run(launch: Launch) -> None:
-        if "CONSUMERS" in dict(launch.blocks):
+        if "CONSUMERS" in launch:
             return _run_hopper(x_MK, x_scale_M, w_NK, w_scale_N, bias_N, y_MN, gelu, launch)
         n_tiles = triton.cdiv(n_rows, launch["BLOCK_M"]) * triton.cdiv(n_out, launch["BLOCK_N"])
         programs = n_tiles
