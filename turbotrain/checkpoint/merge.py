@@ -97,7 +97,9 @@ def _matches(patterns: Sequence[str], name: str) -> bool:
 def merge_tensor(base: Tensor, target: Tensor, anchor: Tensor, weight: float) -> Tensor:
     """base + weight (target - anchor), computed in float32 or better, in base's dtype."""
     wide = torch.float64 if torch.float64 in (base.dtype, target.dtype, anchor.dtype) else torch.float32
-    return (base.to(wide) + weight * (target.to(wide) - anchor.to(wide))).to(base.dtype)
+    merged = target.to(wide) - anchor.to(wide)
+    # In place: of three networks' tensors the largest decides how much memory a merge takes.
+    return merged.mul_(weight).add_(base.to(wide)).to(base.dtype)
 
 
 def require_mergeable(role: str, network: Network) -> None:
