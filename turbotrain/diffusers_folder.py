@@ -17,6 +17,7 @@ import diffusers
 
 from turbotrain.checkpoint import targets
 from turbotrain.checkpoint.atomic import new_folder
+from turbotrain.checkpoint.components import find_component
 from turbotrain.checkpoint.convert import convert
 from turbotrain.checkpoint.header import CheckpointProblem, read_config
 from turbotrain.checkpoint.identify import Identity, Network, identify
@@ -27,7 +28,6 @@ from turbotrain.diffusion.samplers import TURBO_TIMES
 from turbotrain.diffusion.turbo_scheduler import TurboScheduler
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant, WanConfig
-from turbotrain.pipeline import find_component
 
 # {part: (library, class)}; the tokenizer's class is its folder's own.
 CLASSES = {

@@ -198,7 +198,7 @@ def _benchmark_forward(request: Request) -> None:
     import torch
 
     from turbotrain.evaluation.forward import benchmark_forward, print_forward
-    from turbotrain.pipeline import resolve_device
+    from turbotrain.loading import resolve_device
 
     config, variant = request.config, request.variant
     assert variant is not None  # weights=random requires it

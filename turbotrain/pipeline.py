@@ -12,38 +12,35 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_meta
-from turbotrain.checkpoint.components import find_component
-from turbotrain.checkpoint.header import expert_folders
+from turbotrain.checkpoint import CheckpointMeta
 from turbotrain.codecs import PromptEncoder, TextEncoder, VideoCodec
-from turbotrain.codecs.prompts import prompt_encoder
 from turbotrain.codecs.text import clean
 from turbotrain.conditioning import Conditioning, condition_on_image, load_image, size_for_area
-from turbotrain.diffusion.guidance import guided, switch_experts
-from turbotrain.diffusion.samplers import (
-    TURBO_TIMES,
-    Grid,
-    Solver,
-    draw_noise,
-    sample_teacher,
-    sample_turbo,
-    seeded_generators,
+from turbotrain.diffusion.samplers import draw_noise, seeded_generators
+from turbotrain.loading import load_codec, load_networks, load_prompt_encoder, read_source, resolve_device
+from turbotrain.model.variants import Variant, default_negative_prompt
+from turbotrain.sampling import (
+    SamplerOptions,
+    StepCallback,
+    TeacherSettings,
+    TurboSettings,
+    network_velocity,
+    sampler_settings,
 )
-from turbotrain.diffusion.velocity import Velocity, bind
-from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.variants import VARIANTS, Variant, WanConfig, default_negative_prompt
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Callback = Callable[[int, int], None]  # (step just done, steps in all)
 NO_NEGATIVE = "negative_prompt has no effect: the Turbo sampler has no guidance, only the teacher's sampler has"
@@ -140,42 +137,13 @@ class TurboPipeline:
         Raises:
             ValueError: a component is missing or of other dimensions, the variant is unknown, no such device, dense attention.
         """
-        path = Path(path).expanduser()
+        source = read_source(path, variant, attention_kind)
         place = resolve_device(device)
-        folders = list(expert_folders(path) or (path,))
-        metas = [read_meta(folder) for folder in folders]
-        meta = metas[0]
-        if variant is not None and meta.variant and meta.variant != variant:
-            raise ValueError(f"variant={variant!r}: {path} says it is {meta.variant!r}; leave variant out")
-        name = variant or meta.variant
-        if name not in VARIANTS:
-            raise ValueError(f"variant={name!r}: unknown for {path}; say variant= one of {', '.join(VARIANTS)}")
-        if attention_kind is not None and not all(
-            AttentionConfig.from_dict(part.attention).is_sparse for part in metas
-        ):
-            raise ValueError(
-                f"attention_kind={attention_kind!r}: {path} was trained with dense attention; leave it out"
-            )
-        parts = {**meta.components, **{key: value for key, value in (components or {}).items() if value}}
-        config = WanConfig.from_dict(meta.config)
-        wanted = ["vae", "text_encoder", "tokenizer", *(["image_encoder"] if config.image_dim is not None else [])]
-        places = {key: find_component(key, parts, path) for key in wanted}
-        side_dtype = _network_dtype(None if place.type == "cpu" else dtype, replace(meta, quantization=None), place)
-        codec = VideoCodec.from_pretrained(places["vae"], device=str(place), dtype=side_dtype)
-        if codec.latent_channels != config.out_channels:
-            raise ValueError(
-                f"vae={places['vae']}: gives {codec.latent_channels} latent channels, but {path} was trained on "
-                f"{config.out_channels}; use the VAE of variant {name}"
-            )
-        # umT5-XXL is published, and used by Wan, in bf16; small worlds have encoders of their own.
-        text_default = side_dtype if VARIANTS[name].vae == "shapes" else torch.bfloat16
-        text = prompt_encoder(places, config, place, text_default, text_device, text_dtype, text_cache)
-        attention = None if attention_kind is None else {"kind": attention_kind}
-        experts = [
-            load_transformer(folder, str(place), _network_dtype(dtype, part, place), attention)
-            for folder, part in zip(folders, metas)
-        ]
-        return cls(experts, codec, text, VARIANTS[name], meta, place, places)
+        places = source.find_components(components)
+        codec = load_codec(source, places["vae"], place, dtype)
+        text = load_prompt_encoder(source, places, place, dtype, text_device, text_dtype, text_cache)
+        experts = load_networks(source, place, dtype)
+        return cls(experts, codec, text, source.variant, source.meta, place, places)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -198,19 +166,13 @@ class TurboPipeline:
         seed: int = 0,
         *,
         seeds: Sequence[int] | None = None,
-        mode: str = "turbo",
-        guidance: float | None = None,
-        solver: Solver = "unipc",
-        grid: Grid = "wan",
-        shift: float | None = None,
-        ode: bool | None = None,
-        sigma_max: float | None = None,
         width: int | None = None,
         height: int | None = None,
         frames: int | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
         callback: Callback | None = None,
+        **sampler: Unpack[SamplerOptions],
     ) -> PipelineResult:
         """Generates one video a prompt.
 
@@ -218,10 +180,10 @@ class TurboPipeline:
             image: first frame (path, PIL image or uint8 (H', W', 3)) for i2v and ti2v variants.
             steps: network evaluations; default 4 (`turbo`) or the variant's (`teacher`).
             seed, seeds: video j uses seed + j, or seeds[j].
-            mode: `turbo` (method.md 6: no guidance) or `teacher` (method.md 2: `guidance`, `solver`, `grid`, `shift`).
             width, height, frames: pixels and frames of the video; default: the variant's.
             batch_size: videos sampled together; default: all.
             callback: called after each network step with (step, steps).
+            sampler: as `SamplerOptions` lists them.
 
         Raises:
             ValueError: names the argument, its value and what is allowed.
@@ -240,12 +202,14 @@ class TurboPipeline:
                     image, self.variant.height * self.variant.width, self.variant.size_multiple
                 )
         shape = self.latent_shape(frames, height, width)
-        if mode == "turbo" and negative_prompt is not None:
+        settings = self.settings(steps, **sampler)
+        is_guided = isinstance(settings, TeacherSettings)
+        if not is_guided and negative_prompt is not None:
             logger.warning(NO_NEGATIVE)
         negative = default_negative_prompt(self.variant) if negative_prompt is None else negative_prompt
 
         with torch.inference_mode():
-            self.encode_prompts([*prompts, *([negative] if mode == "teacher" else [])])
+            self.encode_prompts([*prompts, *([negative] if is_guided else [])])
             timings: dict[str, Any] = {"text": self._clock() - start, "dit": 0.0, "vae": 0.0, "dit_steps": []}
             conditioning = condition_on_image(self.variant, self.codec, image, shape, self.components, self.device)
             latents: list[Tensor] = []
@@ -253,21 +217,14 @@ class TurboPipeline:
             for rows in _batches(len(prompts), batch_size):
                 chunk = [prompts[j] for j in rows]
                 with self._phase(timings, "dit"):
-                    latents_BCTHW = self.sample(
+                    latents_BCTHW = self._denoise(
                         self.encode_prompts(chunk),
                         [row_seeds[j] for j in rows],
                         shape,
-                        negative_BLD=self.encode_prompts([negative] * len(chunk)) if mode == "teacher" else None,
-                        conditioning=conditioning,
-                        mode=mode,
-                        steps=steps,
-                        guidance=guidance,
-                        solver=solver,
-                        grid=grid,
-                        shift=shift,
-                        ode=ode,
-                        sigma_max=sigma_max,
-                        callback=self._step_clock(timings, callback),
+                        settings,
+                        self.encode_prompts([negative] * len(chunk)) if is_guided else None,
+                        conditioning,
+                        self._step_clock(timings, callback),
                     )
                 with self._phase(timings, "vae"):
                     videos += self.decode(latents_BCTHW)
@@ -308,59 +265,50 @@ class TurboPipeline:
         """(B, L, D) float32 text embeddings; each distinct prompt is encoded once in the pipeline's life."""
         return self.prompts(prompts)
 
+    def settings(self, steps: int | None = None, **sampler: Unpack[SamplerOptions]) -> TurboSettings | TeacherSettings:
+        """The numbers of the sampler for this checkpoint. Raises ValueError as `sampling.sampler_settings` does."""
+        return sampler_settings(self.variant, self.meta.sampler if self.meta else None, steps, **sampler)
+
     def sample(
         self,
         context_BLD: Tensor,
         seeds: Sequence[int],
         shape: tuple[int, int, int, int],
         *,
-        mode: str = "turbo",
         steps: int | None = None,
         negative_BLD: Tensor | None = None,
         conditioning: Conditioning | None = None,
-        guidance: float | None = None,
-        solver: Solver = "unipc",
-        grid: Grid = "wan",
-        shift: float | None = None,
-        ode: bool | None = None,
-        sigma_max: float | None = None,
         callback: Callback | None = None,
+        **sampler: Unpack[SamplerOptions],
     ) -> Tensor:
         """Latents (B, C, T, H, W) from text embeddings and one seed a row; arguments as in `__call__`.
 
         Raises:
             ValueError: mode, steps, guidance out of range.
         """
-        generators = seeded_generators(seeds, self.device)
-        noise_BCTHW = draw_noise((len(generators), *shape), generators)
+        settings = self.settings(steps, **sampler)
+        return self._denoise(context_BLD, seeds, shape, settings, negative_BLD, conditioning, callback)
+
+    def _denoise(
+        self,
+        context_BLD: Tensor,
+        seeds: Sequence[int],
+        shape: tuple[int, int, int, int],
+        settings: TurboSettings | TeacherSettings,
+        negative_BLD: Tensor | None = None,
+        conditioning: Conditioning | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
         conditioning = (conditioning or Conditioning()).for_batch(len(seeds))
-        if mode == "turbo":
-            settings = self.turbo_settings(steps, ode, sigma_max)
-            hook = _counted(callback, settings["steps"])
-            latents_BCTHW = sample_turbo(
-                self._velocity(context_BLD, conditioning),
-                noise_BCTHW,
-                generators=generators,
-                callback=hook,
-                **settings,
-            )
-        elif mode == "teacher":
-            steps = self.variant.teacher_steps if steps is None else steps
-            if not 1 <= steps <= 1000:
-                raise ValueError(f"steps = {steps}: the teacher sampler takes 1 to 1000")
+        cfg = (1.0, 1.0)
+        if isinstance(settings, TeacherSettings):
+            cfg = settings.cfg
             if negative_BLD is None:
                 raise ValueError("negative_BLD is missing: teacher sampling needs the negative prompt's embedding")
-            latents_BCTHW = sample_teacher(
-                self._velocity(context_BLD, conditioning, negative_BLD, guidance),
-                noise_BCTHW,
-                steps=steps,
-                shift=self.variant.shift if shift is None else shift,
-                solver=solver,
-                grid=grid,
-                callback=_counted(callback, steps),
-            )
-        else:
-            raise ValueError(f"mode = {mode!r}: choose turbo or teacher")
+        velocity = network_velocity(self.experts, context_BLD, conditioning, self.variant.boundary, negative_BLD, cfg)
+        generators = seeded_generators(seeds, self.device)
+        noise_BCTHW = draw_noise((len(generators), *shape), generators)
+        latents_BCTHW = settings.sample(velocity, noise_BCTHW, generators, _counted(callback, settings.steps))
         if not bool(torch.isfinite(latents_BCTHW).all()):
             raise ValueError(
                 "the network gave latents that are not finite: its weights are damaged, or overflow in this dtype; "
@@ -368,54 +316,10 @@ class TurboPipeline:
             )
         return conditioning.restore(latents_BCTHW).float()
 
-    def turbo_settings(
-        self, steps: int | None = None, ode: bool | None = None, sigma_max: float | None = None
-    ) -> dict[str, Any]:
-        """Arguments of the Turbo sampler: what is given here, else what the checkpoint says, else the variant's."""
-        told = (self.meta.sampler if self.meta else None) or {}
-        later = tuple(told.get("times") or TURBO_TIMES)  # TrigFlow times of the steps after the first
-        steps = len(later) + 1 if steps is None else steps
-        if not 1 <= steps <= len(later) + 1:
-            raise ValueError(f"steps = {steps}: the Turbo sampler of this checkpoint takes 1 to {len(later) + 1}")
-        sigma = float(told.get("sigma_max", self.variant.sigma_max)) if sigma_max is None else sigma_max
-        least = math.tan(later[0]) if steps > 1 else 0.0
-        if not sigma > least:
-            raise ValueError(f"sigma_max = {sigma:g}: must be above {least:.4g}, the noise level of the second step")
-        return {
-            "steps": steps,
-            "times": [math.atan(sigma), *later][:steps],
-            "ode": bool(told.get("ode", False)) if ode is None else ode,
-            "sigma_max": sigma,
-        }
-
     def decode(self, latents_BCTHW: Tensor) -> list[np.ndarray]:
         """One uint8 (T', H', W', 3) array a latent."""
         frames_BTHWC = self.codec.decode(latents_BCTHW)
         return list(torch.as_tensor(frames_BTHWC).cpu().numpy())
-
-    def _velocity(
-        self,
-        context_BLD: Tensor,
-        conditioning: Conditioning,
-        negative_BLD: Tensor | None = None,
-        guidance: float | None = None,
-    ) -> Velocity:
-        velocities: list[Velocity] = []
-        for index, expert in enumerate(self.experts):
-            velocity: Velocity = bind(expert, context_BLD, **conditioning.arguments)
-            if negative_BLD is not None:
-                low_scale, high_scale = self.variant.cfg
-                scale = (
-                    (high_scale if index == 0 and len(self.experts) > 1 else low_scale)
-                    if guidance is None
-                    else guidance
-                )
-                velocity = guided(velocity, bind(expert, negative_BLD, **conditioning.arguments), scale)
-            velocities.append(velocity)
-        if len(velocities) == 1:
-            return velocities[0]
-        assert self.variant.boundary is not None  # every two-expert variant has one
-        return switch_experts(velocities[0], velocities[1], self.variant.boundary)
 
     def synchronize(self) -> None:
         """Waits for the device, so that a clock read afterwards means something."""
@@ -447,29 +351,7 @@ class TurboPipeline:
         return step
 
 
-def resolve_device(device: str | torch.device) -> torch.device:
-    """`auto` is cuda where there is one, else cpu. Raises ValueError for a cuda device that is not there."""
-    if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = torch.device(device)
-    if place.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= count:
-            raise ValueError(
-                f"device = {str(device)!r}: torch sees {count} CUDA device(s); use device=cpu or device=auto"
-            )
-    return place
-
-
-def _network_dtype(dtype: torch.dtype | None, meta: CheckpointMeta, device: torch.device) -> torch.dtype | None:
-    if dtype is not None or meta.quantization:
-        return dtype  # None keeps int8 layers int8
-    if device.type == "cpu":
-        return torch.float32
-    return getattr(torch, meta.dtype, torch.bfloat16) if meta.dtype else torch.bfloat16
-
-
-def _counted(callback: Callback | None, total: int) -> Callable[[int, Tensor], None] | None:
+def _counted(callback: Callback | None, total: int) -> StepCallback | None:
     """The samplers report (index, clean prediction); users are told (steps done, steps in all)."""
     return None if callback is None else lambda index, _: callback(index + 1, total)
 

@@ -13,12 +13,14 @@ import torch
 from tiny import LATENT, random_network, write_checkpoint, write_components
 
 from turbotrain.checkpoint import CheckpointMeta, save_checkpoint
+from turbotrain.checkpoint.components import find_component
 from turbotrain.diffusion.guidance import guided, switch_experts
 from turbotrain.diffusion.samplers import draw_noise, sample_teacher, sample_turbo, seeded_generators
 from turbotrain.diffusion.velocity import bind
+from turbotrain.loading import resolve_device
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS
-from turbotrain.pipeline import TurboPipeline, find_component, resolve_device
+from turbotrain.pipeline import TurboPipeline
 from turbotrain.quant.export import quantize_transformer
 
 PROMPTS = [

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from turbotrain.checkpoint import CheckpointMeta, read_meta, save_checkpoint
-from turbotrain.checkpoint.components import published_part
+from turbotrain.checkpoint.components import find_component, published_part
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.config import Config
 from turbotrain.evaluation.video import contact_sheet, png_bytes, write_bytes
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import Variant
 from turbotrain.model.wan import WanTransformer
-from turbotrain.pipeline import TurboPipeline, find_component
+from turbotrain.pipeline import TurboPipeline
 from turbotrain.records import environment, hash_path
 from turbotrain.stages.context import StageContext
 
