@@ -27,6 +27,7 @@ class ModelSection:
     variant: str = "wan2.1_t2v_1.3b"
     teacher: str = ""  # checkpoint to start from; empty: the recipe's own teacher stage
     codec: str = ""  # folder with vae/, text_encoder/, tokenizer/; empty: the recipe's codec stage, else the teacher's components
+    expert: str = ""  # high | low: which expert of a two-expert variant this run trains, on its own range of times
 
 
 @dataclass
@@ -68,6 +69,10 @@ class DataSection:
     samples_per_shard: int = 256
     batch_size: int = 16  # clips encoded together
     pairs: float = 0.5  # shapes: share of clips with two objects
+    max_bad_samples: int = 0  # shards: so many lost or damaged samples are counted and skipped, one more is refused
+    memory_gb: float = 4.0  # a larger data set is read as it is needed instead of kept in memory
+    mixed_shapes: bool = False  # shards of several sizes and lengths; every batch holds one of them
+    first_frame: float = 0.0  # ti2v: share of samples that are given their first latent frame
     width: int = 832
     height: int = 480
     frames: int = 81
@@ -345,6 +350,13 @@ def _check_data(config: Config) -> None:
             )
     for name in ("count", "samples_per_shard", "batch_size", "fps"):
         _at_least(f"data.{name}", getattr(data, name), 1)
+    for name in ("max_bad_samples", "memory_gb"):
+        _at_least(f"data.{name}", getattr(data, name), 0)
+    _between("data.first_frame", data.first_frame, 0, 1)
+    if data.first_frame and variant.config.model_type != "ti2v":
+        reject(
+            "data.first_frame", data.first_frame, f"{config.model.variant} cannot be given a clean frame: only ti2v can"
+        )
 
 
 def _check_loop(name: str, loop: LoopSection) -> None:

@@ -159,10 +159,9 @@ def check_inputs(config: Config, selected: list[str]) -> None:
         CheckpointProblem, DatasetError: a teacher or shards that cannot be used.
     """
     from turbotrain.checkpoint.header import check_checkpoint
-    from turbotrain.data.shards import check_shards
+    from turbotrain.data.shards import check_shards, needs_of
 
     variant = VARIANTS[config.model.variant]
-    latent_shape = variant.latent_shape(config.data.frames, config.data.height, config.data.width)
     named: dict[str, Path] = {}
     for stage in selected:
         inputs = _locate(config, stage, selected)[0] if config.dry_run else find_inputs(config, stage, selected)
@@ -175,7 +174,7 @@ def check_inputs(config: Config, selected: list[str]) -> None:
         if role == "teacher":
             check_checkpoint(path, variant=variant.name)
         if role == "data":
-            check_shards(path, latent_shape)
+            check_shards(path, needs_of(config))
         if role == "codec" and not _holds_codec(path):
             raise UsageError(
                 f"{_field(config, role)}={str(path)!r}: no codec in it; a codec folder holds vae/, text_encoder/, tokenizer/"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turbotrain.checkpoint import CheckpointMeta, save_checkpoint
 from turbotrain.cli import train_main
-from turbotrain.data.latents import Sample, write_shards
+from turbotrain.data.writing import Sample, write_shards
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer

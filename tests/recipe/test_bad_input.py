@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
 import os
 import pickle
 import resource
@@ -19,19 +18,23 @@ from pathlib import Path
 import pytest
 import torch
 from recipe_world import (
+    LATENT,
     ROOT,
     World,
     arguments,
     environment,
+    read_metrics,
     read_status,
     samples,
     train_here,
     weights,
     write_data,
 )
+from shard_damage import RunsCode, rewrite, tensor_bytes
 
 import turbotrain.stages.sla  # noqa: F401  (so that no test's time includes importing it)
-from turbotrain.data.latents import LatentDataset, Sample
+from turbotrain.data.latents import LatentDataset
+from turbotrain.data.writing import Sample
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
 from turbotrain.training.log import StageLog
@@ -39,38 +42,9 @@ from turbotrain.training.log import StageLog
 SHARD = "train-000001.tar"
 
 
-class RunsCode:
-    """What an attacker pickles: loading it would make a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
-
-
-def rewrite(shard: Path, change: Callable[[str, bytes], bytes | None]) -> None:
-    """Every member's bytes replaced by what `change` gives; None leaves the member out."""
-    with tarfile.open(shard) as archive:
-        members = [(member.name, archive.extractfile(member).read()) for member in archive.getmembers()]  # type: ignore[union-attr]
-    with tarfile.open(shard, "w") as archive:
-        for name, data in members:
-            new = change(name, data)
-            if new is not None:
-                info = tarfile.TarInfo(name)
-                info.size = len(new)
-                archive.addfile(info, io.BytesIO(new))
-
-
 def truncate(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2 + 100])
-
-
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(tensor, buffer)
-    return buffer.getvalue()
 
 
 # ---- seen from headers: before torch is imported, before a folder is made -------------------------------------------
@@ -202,6 +176,7 @@ def broken_sample(world: World, folder: Path, latent: bytes) -> World:
 @pytest.mark.parametrize("case", ["shape", "nan", "too large", "pickle", "not a tensor", "garbage"])
 def test_bad_samples(case: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = samples()[6].latent_CTHW
+    assert good is not None
     mark = tmp_path / "mark"
     latent, words = {
         "shape": (tensor_bytes(good[..., :-1].clone()), ("shape (24, 4, 8, 7)", "expected (24, 4, 8, 8)")),
@@ -224,12 +199,20 @@ def test_bad_samples(case: str, world: World, tmp_path: Path, capsys: pytest.Cap
     assert read_status(tmp_path / "out" / "run" / "sla")["status"] == "running"
 
 
+def test_bad_samples_within_the_limit_are_skipped_and_counted(world: World, tmp_path: Path) -> None:
+    nan = tensor_bytes(torch.full(LATENT, float("nan")))
+    broken = broken_sample(world, tmp_path, nan)
+    arguments_ = arguments(broken, tmp_path / "out", "stages=[sla]", "data.max_bad_samples=1", "sla.steps=2")
+    assert train_here(*arguments_) == 0
+    assert [line["bad_samples"] for line in read_metrics(tmp_path / "out" / "run" / "sla")] == [1, 1]
+
+
 def test_samples_with_odd_file_names(world: World, tmp_path: Path) -> None:
     """Shell and URL characters in a path mean themselves."""
     data = write_data(tmp_path / "a {b,c} 100% #1?", [Sample(s.latent_CTHW, s.embed_LD, s.prompt) for s in samples(5)])
     dataset = LatentDataset(data)
     assert len(dataset) == 5
-    torch.testing.assert_close(dataset.batch([4]).latent_BCTHW[0], samples(5)[4].latent_CTHW.half().float())
+    torch.testing.assert_close(dataset.batch([4]).latent_BCTHW[0], samples(5)[4].latent_CTHW.half().float())  # type: ignore[union-attr]
     assert dataset.batch([4]).prompts == ["prompt 4"]
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from turbotrain.config import Config, OptimSection, TimeSection
-from turbotrain.data.latents import LatentDataset, Sample, write_shards
+from turbotrain.data.latents import LatentDataset
+from turbotrain.data.writing import Sample, write_shards
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
 from turbotrain.training.optim import learning_rate
 from turbotrain.training.seeding import StepRandom, derive_seed, epoch_order

@@ -116,7 +116,8 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
         return None
     meta = CheckpointMeta(sampler=sampler_settings(context.config))
     pipe = make_pipeline(context, network, meta)
-    prompts = context.dataset().prompts[:SAMPLES]
+    dataset = context.dataset()
+    prompts = [dataset.prompt(index) for index in range(min(SAMPLES, len(dataset)))]
     teacher = context.config.sampler.teacher
     settings: dict[str, Any] = {"steps": teacher.steps, "guidance": teacher.guidance, "shift": teacher.shift}
     data = context.config.data

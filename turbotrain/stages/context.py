@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from turbotrain.checkpoint.io import load_transformer
 from turbotrain.checkpoint.layouts import describe
 from turbotrain.config import Config, LoopSection, RcmSection, TimeSection
 from turbotrain.data.latents import Batch, LatentDataset
+from turbotrain.data.shards import needs_of
 from turbotrain.diffusion.times import sample_lognormal, sample_uniform_shift
 from turbotrain.model.variants import VARIANTS, Variant
 from turbotrain.model.wan import WanTransformer
+from turbotrain.stages.loading import BatchReader
 from turbotrain.training.loop import LoopSettings
-from turbotrain.training.seeding import StepRandom, derive_seed, epoch_order
+from turbotrain.training.seeding import StepRandom, derive_seed
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,12 @@ class StageContext:
             print(f"{self.name}: {text}", flush=True)
 
     def dataset(self) -> LatentDataset:
-        return LatentDataset(self.inputs["data"], self.latent_shape).to(self.device)
+        return self._dataset
+
+    @cached_property
+    def _dataset(self) -> LatentDataset:
+        memory = self.config.data.memory_gb * 1e9
+        return LatentDataset(self.inputs["data"], needs_of(self.config), memory).to(self.device)
 
     def load(self, role: str, device: torch.device | str = "cpu") -> WanTransformer:
         """The network of one input, in float32.
@@ -96,7 +104,7 @@ class StageContext:
 
 
 class BatchSource:
-    """This rank's share of the global batch of any step: data in epoch order, randomness by (seed, step, position)."""
+    """This rank's share of the global batch of any step: data in `BatchOrder`, randomness by (seed, step, position)."""
 
     def __init__(self, context: StageContext, dataset: LatentDataset, batch_size: int) -> None:
         processes = context.accelerator.num_processes
@@ -109,23 +117,19 @@ class BatchSource:
         self.seed = context.seed
         self.device = context.device
         self.batch_size = batch_size
+        self.first_frame = context.config.data.first_frame
         share = batch_size // processes
         self.positions = range(
             context.accelerator.process_index * share, (context.accelerator.process_index + 1) * share
         )
-        self._orders: dict[int, list[int]] = {}
+        self.reader = BatchReader(dataset, self.seed, batch_size, [self.positions])
 
     def at(self, step: int) -> tuple[Batch, StepRandom]:
-        indices = [self._index(step * self.batch_size + position) for position in self.positions]
-        return self.dataset.batch(indices), StepRandom(self.seed, step, self.batch_size, self.positions, self.device)
-
-    def _index(self, drawn: int) -> int:
-        epoch, offset = divmod(drawn, len(self.dataset))
-        if epoch not in self._orders:
-            # A batch straddles at most two epochs unless it is larger than the data set.
-            self._orders = {key: order for key, order in self._orders.items() if key >= epoch - 1}
-            self._orders[epoch] = epoch_order(self.seed, epoch, len(self.dataset))
-        return self._orders[epoch][offset]
+        (batch,) = self.reader.at(step)
+        random = StepRandom(self.seed, step, self.batch_size, self.positions, self.device)
+        if self.first_frame:
+            batch = batch.with_first_frame(random.uniform("first_frame") < self.first_frame)
+        return batch, random
 
 
 def draw_times(times: TimeSection, random: StepRandom, stream: str) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from turbotrain.codecs.text import TextEncoder
 from turbotrain.codecs.vae import VideoCodec
-from turbotrain.data.latents import Sample, write_shards
 from turbotrain.data.shapes import render_parallel, sample_clips
+from turbotrain.data.writing import Sample, write_shards
 from turbotrain.stages.artifacts import codec_parts, load_codec
 from turbotrain.stages.context import StageContext
 

@@ -61,9 +61,9 @@ class RcmTask:
         student = bind(self.roles["student"].module, batch.embed_BLD)
         if dmd_step is not None and (dmd_step + 1) % self.section.student_update_freq:
             out = self._critic_loss(batch, random, student)
-            return StepLoss("critic", out.loss, {"critic": out.loss.detach()})
+            return StepLoss("critic", out.loss, {"critic": out.loss.detach(), **self.source.reader.metrics})
         terms: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor | float] = {**self.source.reader.metrics}
         if phase.cm != "none":
             out = self._consistency_loss(phase, step, batch, random, student)
             # With every sample dropped nothing is learnt: a bad step, not one whose loss happens to be zero.

@@ -43,7 +43,7 @@ class SlaTask:
             out = sla_alignment(student, bind(self.teacher, text), x0, noise, s)
         else:
             out = flow_matching(student, x0, noise, s)
-        return StepLoss("student", out.loss, out.metrics)
+        return StepLoss("student", out.loss, {**out.metrics, **self.source.reader.metrics})
 
     def updated(self, role: Role) -> None:
         """SLA training keeps no average: its loss is a regression with a fixed target."""

@@ -41,7 +41,7 @@ class TeacherTask:
         s = draw_times(self.section.times, random, "times")
         text = drop_captions(batch, self.source.dataset.negative_LD, self.section.caption_dropout, random)
         out = flow_matching(bind(self.roles["teacher"].module, text), batch.latent_BCTHW, noise, s)
-        return StepLoss("teacher", out.loss, out.metrics)
+        return StepLoss("teacher", out.loss, {**out.metrics, **self.source.reader.metrics})
 
     def updated(self, role: Role) -> None:
         self.average.update(role.network, role.updates)
