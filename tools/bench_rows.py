@@ -164,9 +164,7 @@ class Rows:
     def _sla(self) -> list[Row]:
         flops = 4 * self.shape.dim * self._sparse_pairs()
         checks = ("select_blocks", "sparse_attention", "add_linear_attention")
-        sage_checks = ("select_blocks", "sage_sparse_attention", "add_linear_attention")
         module, beside = functools.partial(self._module, tk.sparse_attention), "SDPA cuDNN"
-        sage = functools.partial(self._module, tk.sage_sparse_attention, 128, 64)
         both = functools.partial(module, 128, 64, grad=True)
         return [
             self._row(
@@ -175,7 +173,7 @@ class Rows:
             self._row(
                 "SLA forward 64x64", "sla", functools.partial(module, 64, 64), *checks, flops=flops, beside=beside
             ),
-            self._row("SageSLA forward", "sla", sage, *sage_checks, flops=flops, beside=beside),
+            self._row("SageSLA forward", "sla", self._sage_sla, "sage_sla", flops=flops, beside=beside),
             self._row(
                 *("SLA forward + backward", "sla", both, *checks),
                 **{"flops": 3.5 * flops, "beside": beside + " forward + backward", "graphed": False},
@@ -193,6 +191,10 @@ class Rows:
             return torch.autograd.grad(o, leaves, do) if grad else o
 
         return call
+
+    def _sage_sla(self) -> Call:
+        (q, k, v), (weight, bias) = self.operands(3), self._projection()
+        return lambda: tk.sage_sla(q, k, v, weight, bias, TOPK, 128, 64)
 
     # Its parts, and tangents ------------------------------------------------------------------------------------------
 

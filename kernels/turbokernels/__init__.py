@@ -12,6 +12,7 @@ from turbokernels.attention_linear.api import (
     linear_attention_jvp,
 )
 from turbokernels.attention_sage.api import sage_attention, sage_sparse_attention
+from turbokernels.attention_sla.api import sage_sla
 from turbokernels.attention_sparse.api import sparse_attention, sparse_attention_jvp
 from turbokernels.block_selection.api import select_blocks
 from turbokernels.blocks import BlockMask
@@ -38,6 +39,7 @@ __all__ = [
     "quantize_token",
     "rms_norm_rope",
     "sage_attention",
+    "sage_sla",
     "sage_sparse_attention",
     "select_blocks",
     "sparse_attention",

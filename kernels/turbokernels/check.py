@@ -200,6 +200,13 @@ def _sage_sparse_attention(case: Case) -> list[Part]:
     return _compare(lambda impl: {"o": tk.sage_sparse_attention(q, k, v, mask, impl=impl)}, o=QUANTISED_ATTENTION)
 
 
+def _sage_sla(case: Case) -> list[Part]:
+    q, k, v = case.operands(3)
+    weight, bias = torch.randn(case.dim + 1, case.dim, device=case.device).split([case.dim, 1])
+    rest = (weight / case.dim**0.5, bias[0], 0.3, case.block_q, case.block_k)
+    return _compare(lambda impl: {"o": tk.sage_sla(q, k, v, *rest, impl=impl)[0]}, o=QUANTISED_ATTENTION)
+
+
 def _rms_norm_rope(case: Case) -> list[Part]:
     (x,) = case.operands(1)
     angle = torch.rand(case.length, case.dim // 2, device=case.device)
@@ -267,6 +274,7 @@ CHECKS: dict[str, Callable[[Case], list[Part]]] = {
     "add_linear_attention": _add_linear_attention,
     "sage_attention": _sage_attention,
     "sage_sparse_attention": _sage_sparse_attention,
+    "sage_sla": _sage_sla,
     "rms_norm_rope": _rms_norm_rope,
     "layer_norm_modulate": _layer_norm_modulate,
     "gate_residual": _gate_residual,

@@ -36,6 +36,31 @@ def test_sparse(
     cases.check_sparse(pv, length_q, length_k, block_q, block_k, dim, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("pv", formats())
+@pytest.mark.parametrize(
+    ("length_q", "length_k", "block_q", "block_k", "dim", "feature_map"),
+    [
+        (1, 1, 16, 16, 16, "softmax"),
+        (63, 257, 32, 16, 32, "relu"),
+        (257, 300, 64, 64, 64, "elu"),
+        (1000, 1030, 128, 64, 128, "softmax"),
+        (300, 257, 128, 128, 128, "softmax"),
+    ],
+)
+def test_with_the_linear_branch_in_one_call(
+    pv: str,
+    length_q: int,
+    length_k: int,
+    block_q: int,
+    block_k: int,
+    dim: int,
+    feature_map: str,
+    dtype: torch.dtype,
+) -> None:
+    cases.check_one_call(pv, length_q, length_k, block_q, block_k, dim, dtype, "cuda", feature_map)
+
+
 @pytest.mark.parametrize("pv", formats())
 @pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (128, 128), (64, 64)])
 @pytest.mark.parametrize("index", range(7))

@@ -25,6 +25,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear_attention_jvp": lambda **kw: tk.linear_attention_jvp(Q, Q, Q, Q, Q, Q, **kw),
     "sage_attention": lambda **kw: tk.sage_attention(Q, Q, Q, **kw),
     "sage_sparse_attention": lambda **kw: tk.sage_sparse_attention(Q, Q, Q, MASK, **kw),
+    "sage_sla": lambda **kw: tk.sage_sla(Q, Q, Q, torch.ones(8, 8), None, 0.5, 16, 16, **kw),
     "rms_norm_rope": lambda **kw: tk.rms_norm_rope(Q, torch.ones(16), torch.ones(32, 4), torch.ones(32, 4), **kw),
     "layer_norm_modulate": lambda **kw: tk.layer_norm_modulate(FLAT, FLAT, FLAT, **kw),
     "gate_residual": lambda **kw: tk.gate_residual(FLAT, FLAT, FLAT, **kw),

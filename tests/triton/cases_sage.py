@@ -6,7 +6,7 @@ import torch
 from cases_linear import strided_on
 from kernel_oracles import masked_attention, random_operands, token_mask
 from torch import Tensor
-from turbokernels import BlockMask, sage_attention, sage_sparse_attention, select_blocks
+from turbokernels import BlockMask, add_linear_attention, sage_attention, sage_sla, sage_sparse_attention, select_blocks
 
 # One step of the 8- or 16-bit format of P V, relative.
 STEPS = {"fp8": 2**-4, "fp16": 2**-11}
@@ -58,6 +58,35 @@ def check_dense(pv: str, length_q: int, length_k: int, dim: int, dtype: torch.dt
     q, k, v = operands(length_q, length_k, dim, dtype, device)
     expected = sage_attention(q, k, v, pv, impl="reference")
     assert_like(sage_attention(q, k, v, pv, impl="triton"), expected, v, pv)
+
+
+def check_one_call(
+    pv: str,
+    length_q: int,
+    length_k: int,
+    block_q: int,
+    block_k: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: str,
+    feature_map: str = "softmax",
+) -> None:
+    """SageSLA as one call: the same lists as selection's, and its parts' sum. The mean of k is summed in another order, so
+    that an 8-bit value may be its neighbour."""
+    q, k, v = operands(length_q, length_k, dim, dtype, device)
+    weight, bias = torch.randn(dim, dim) / dim**0.5, torch.randn(dim)
+    projection = weight.to(device), bias.to(device)
+
+    def together(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, BlockMask]:
+        return sage_sla(q, k, v, *projection, 0.4, block_q, block_k, feature_map, pv, impl="triton")
+
+    got, mask = together(q, k, v)
+    assert mask.kept.equal(select_blocks(q, k, 0.4, block_q, block_k, impl="triton").kept)
+    sparse = sage_sparse_attention(q, k, v, mask, pv, impl="reference")
+    expected = add_linear_attention(sparse, q, k, v, *projection, feature_map, impl="reference")
+    # The branches may cancel; of P, rows are about of length 1.
+    assert_like(got, expected, v.abs() + expected.abs().max(), pv)
+    assert together(*(strided_on(x) for x in (q, k, v)))[0].equal(got)
 
 
 def check_accuracy(pv: str, length: int, dim: int, dtype: torch.dtype, device: str) -> None:

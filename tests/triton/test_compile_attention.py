@@ -141,7 +141,12 @@ def test_block_selection(arch: int) -> None:
     lists = {"n_q_blocks": "i32", "n_k_blocks": "i32", "p_marks": "*i8"}
     asked = [
         ("mean_kernel", heads, {"BLOCK": 128, "D": 128}, 4),
-        ("centre_kernel", {"p_mean": "*fp32", "length": "i32", "n_blocks": "i32"}, {"BLOCK": 64, "D": 128}, 4),
+        (
+            "centre_kernel",
+            {"p_mean": "*fp32", "p_total": "*fp32", "length": "i32", "n_blocks": "i32"},
+            {"BLOCK": 64, "D": 128},
+            4,
+        ),
         (
             "select_kernel",
             {"p_score": "*fp32", "p_kept": "*i32", "n_blocks": "i32", "n_kept": "i32"},

@@ -9,7 +9,7 @@ MODULE = "turbokernels.attention_linear.kernel:"
 COUNTS = dict.fromkeys(("heads", "length", "tiles_per_program"), "i32")
 # kernel -> (16-bit operands, their stride prefixes, float32 operands)
 KERNELS = {
-    "state_kernel": (("p_k", "p_v"), ("k", "v"), ("p_partial",)),
+    "state_kernel": (("p_k", "p_v"), ("k", "v"), ("p_partial", "p_largest")),
     "apply_kernel": (("p_q", "p_base", "p_o"), ("q", "base", "o"), ("p_state", "p_bias")),
     "query_gradient_kernel": (("p_q", "p_do", "p_dq"), ("q", "do", "dq"), ("p_state", "p_rows")),
     "state_gradient_kernel": (("p_q", "p_do"), ("q", "do"), ("p_state", "p_rows", "p_partial")),
@@ -27,6 +27,8 @@ def build(kernel: str, dim: int, block: int, warps: int, stages: int, tangent: b
     more_operands, more_strided = TANGENTS.get(kernel, ((), ()))
     if kernel in TANGENTS:
         constants["TANGENT"] = tangent
+    if kernel == "state_kernel":
+        constants |= {"LARGEST": not tangent}
     if kernel == "apply_kernel":
         constants |= {"HAS_BASE": True, "HAS_BIAS": True}
     if tangent:

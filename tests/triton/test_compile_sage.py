@@ -45,14 +45,24 @@ def attend_hopper(block_q: int, block_k: int, dim: int, launch: Launch) -> Build
 def preparations(pv: str) -> list[Build]:
     lengths = {"heads": "i32", "length": "i32"}
     packed = {"stride_b": "i32", "stride_l": "i32", "stride_n": "i32", "p_scale": "*fp32", **lengths}
-    rows = {"p_x": "*bf16", "p_mean": "*fp32", "p_values": "*i8", "factor": "fp32"}
+    rows = {"p_x": "*bf16", "p_mean": "*fp32", "p_values": "*i8", "p_block_mean": "*fp32", "factor": "fp32"}
     values = {"p_v": "*bf16", "p_values": "*fp8e4nv" if pv == "fp8" else "*fp16", **packed}
-    statistics = {"p_k": "*bf16", "p_v": "*bf16", "p_partial": "*fp32", "tiles_per_program": "i32", **lengths}
-    combine = {"p_partial": "*fp32", "p_mean": "*fp32", "p_scale": "*fp32", "length": "i32"}
+    partial = dict.fromkeys(("p_sums", "p_largest"), "*fp32")
+    statistics = {"p_k": "*bf16", "p_v": "*bf16", "tiles_per_program": "i32", **partial, **lengths}
+    combine = {**partial, "p_mean": "*fp32", "p_scale": "*fp32", "length": "i32", "programs": "i32"}
     return [
         Build(MODULE + "statistics_kernel", statistics | strides("k", "v"), {"D": 128, "BLOCK": 64, "ROWS": 16}, 8, 1),
-        Build(MODULE + "combine_kernel", combine, {"D": 128}),
-        Build(MODULE + "rows_kernel", rows | packed, {"SMOOTH": True, "D": 128, "W": 128, "BLOCK": 128}, 8, 1),
+        Build(MODULE + "combine_kernel", combine, {"MEAN": True, "D": 128, "PROGRAMS": 32}),
+        *(
+            Build(
+                MODULE + "rows_kernel",
+                rows | packed,
+                {"SMOOTH": not means, "MEANS": means, "D": 128, "W": 128, "BLOCK": 128},
+                4 if means else 8,
+                1,
+            )
+            for means in (False, True)
+        ),
         Build(MODULE + "values_kernel", values, {"FP8": pv == "fp8", "D": 128, "BLOCK": 64}, 8, 1),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cases_sage as cases
 import pytest
 import torch
-from turbokernels import sage_attention
+from turbokernels import sage_attention, sage_sla
 
 FORMATS = ("fp8", "fp16")
 
@@ -27,6 +27,51 @@ def test_sparse(pv: str, length_q: int, length_k: int, block_q: int, block_k: in
 @pytest.mark.parametrize("pv", FORMATS)
 def test_dense(pv: str) -> None:
     cases.check_dense(pv, 130, 100, 32, torch.float16, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("pv", "length_q", "length_k", "block_q", "block_k", "dim", "feature_map"),
+    [
+        ("fp8", 1, 1, 16, 16, 16, "softmax"),
+        ("fp16", 33, 257, 32, 16, 32, "relu"),
+        ("fp8", 130, 65, 64, 64, 64, "elu"),
+        ("fp8", 200, 200, 128, 64, 16, "softmax"),
+    ],
+)
+def test_with_the_linear_branch_in_one_call(
+    pv: str, length_q: int, length_k: int, block_q: int, block_k: int, dim: int, feature_map: str
+) -> None:
+    cases.check_one_call(pv, length_q, length_k, block_q, block_k, dim, torch.float32, "cpu", feature_map)
+
+
+def test_one_call_in_a_compiled_graph() -> None:
+    q, k, v = torch.randn(3, 1, 40, 1, 32).unbind(0)
+    weight = torch.randn(32, 32)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return sage_sla(q, k, v, weight, None, 0.5, 16, 16, pv="fp16", impl="triton")[0] * 2.0
+
+    with torch.no_grad():
+        assert torch.compile(run, backend="aot_eager", fullgraph=True)(q, k, v).equal(run(q, k, v))
+
+
+def test_one_call_refuses_what_it_cannot_do() -> None:
+    q, k, v = torch.randn(3, 1, 40, 1, 32).unbind(0)
+    weight = torch.randn(32, 32)
+    for arguments, message in (
+        ((weight, None, 0.0, 16, 16), r"sage_sla: topk=0.0 is out of range"),
+        ((weight, None, 0.5, 24, 16), r"sage_sla: block_q=24"),
+        (
+            (weight[:16], None, 0.5, 16, 16),
+            r"sage_sla: weight is torch.float32 \(16, 32\); expected floating \(32, 32\)",
+        ),
+        ((weight, None, 0.5, 16, 16, "gelu"), r"sage_sla: feature_map='gelu' is not known"),
+        ((weight, None, 0.5, 16, 16, "elu", "bf16"), r"sage_sla: pv='bf16' is not known"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sage_sla(q, k, v, *arguments)
+    with pytest.raises(ValueError, match="sage_sla: an operand requires a gradient"):
+        sage_sla(q.clone().requires_grad_(), k, v, weight, None, 0.5, 16, 16)
 
 
 @pytest.mark.parametrize("pv", FORMATS)

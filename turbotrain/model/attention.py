@@ -52,13 +52,18 @@ class SparseLinearAttention(nn.Module):
     def forward(self, q: Dual, k: Dual, v: Dual, selection: BlockMask | None = None) -> tuple[Dual, BlockMask]:
         """o (B, L, N, D) and the block lists used: `selection` if given, else chosen from q and k (no gradient)."""
         config = self.config
+        projection = self.local_attn["proj_l"]
+        weight, bias = projection.get_parameter("weight"), projection.get_parameter("bias")
+        primals = (q.x, k.x, v.x)
+        plain = q.t is k.t is v.t is None and not torch.is_grad_enabled()
+        if plain and config.kind == "sage_sla" and selection is None:
+            blocks = config.topk, config.block_q, config.block_k
+            o, selection = tk.sage_sla(*primals, weight, bias, *blocks, config.feature_map)
+            return Dual(o), selection
         if selection is None:
             with torch.no_grad():
                 selection = tk.select_blocks(q.x, k.x, config.topk, config.block_q, config.block_k)
-        primals = (q.x, k.x, v.x)
-        projection = self.local_attn["proj_l"]
-        if q.t is k.t is v.t is None and not torch.is_grad_enabled():
-            weight, bias = projection.get_parameter("weight"), projection.get_parameter("bias")
+        if plain:
             sparse = self._sparse(*primals, selection)
             return Dual(tk.add_linear_attention(sparse, *primals, weight, bias, config.feature_map)), selection
         if q.t is None or k.t is None or v.t is None:

@@ -34,12 +34,12 @@ ADD_JVP_IMPLEMENTATIONS = {
 }
 
 
-def _check_feature_map(op: str, feature_map: str) -> None:
+def check_feature_map(op: str, feature_map: str) -> None:
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"{op}: feature_map={feature_map!r} is not known; use one of {', '.join(FEATURE_MAPS)}")
 
 
-def _check_sum(op: str, q: Tensor, weight: Tensor, bias: Tensor | None, **bases: Tensor) -> None:
+def check_sum(op: str, q: Tensor, weight: Tensor, bias: Tensor | None, **bases: Tensor) -> None:
     """Check what is added to: `bases` like q; and P: weight (D, D), bias (D,) or None, of any floating dtype."""
     dim = q.shape[3]
     for name, base in bases.items():
@@ -64,7 +64,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, feature_map: str = "softma
     Errors: ValueError when shapes, dtypes, devices, strides or the feature map do not fit.
     Source: SLA, arXiv 2509.24006; method.md section 3, step 5.
     """
-    _check_feature_map("linear_attention", feature_map)
+    check_feature_map("linear_attention", feature_map)
     check_attention("linear_attention", q, k, v)
     return dispatch.choose("linear_attention", impl, q.device, IMPLEMENTATIONS)(q, k, v, feature_map)
 
@@ -84,7 +84,7 @@ def linear_attention_jvp(
     o carries the gradient of `linear_attention`; to carries none. Errors: as `linear_attention`.
     Source: the product and quotient rules on method.md section 3, step 5.
     """
-    _check_feature_map("linear_attention_jvp", feature_map)
+    check_feature_map("linear_attention_jvp", feature_map)
     check_attention("linear_attention_jvp", q, k, v, tq=tq, tk=tk, tv=tv)
     run = dispatch.choose("linear_attention_jvp", impl, q.device, JVP_IMPLEMENTATIONS)
     return run(q, k, v, tq, tk, tv, feature_map)
@@ -107,9 +107,9 @@ def add_linear_attention(
     Errors: as `linear_attention`, and ValueError for a base, weight or bias that does not fit.
     Source: SLA, arXiv 2509.24006; method.md section 3, steps 5 and 6.
     """
-    _check_feature_map("add_linear_attention", feature_map)
+    check_feature_map("add_linear_attention", feature_map)
     check_attention("add_linear_attention", q, k, v)
-    _check_sum("add_linear_attention", q, weight, bias, base=base)
+    check_sum("add_linear_attention", q, weight, bias, base=base)
     run = dispatch.choose("add_linear_attention", impl, q.device, ADD_IMPLEMENTATIONS)
     return run(base, q, k, v, weight, bias, feature_map)
 
@@ -133,8 +133,8 @@ def add_linear_attention_jvp(
 
     o carries the gradient of `add_linear_attention`; to carries none. Errors: as `add_linear_attention`.
     """
-    _check_feature_map("add_linear_attention_jvp", feature_map)
+    check_feature_map("add_linear_attention_jvp", feature_map)
     check_attention("add_linear_attention_jvp", q, k, v, tq=tq, tk=tk, tv=tv)
-    _check_sum("add_linear_attention_jvp", q, weight, bias, base=base, tbase=tbase)
+    check_sum("add_linear_attention_jvp", q, weight, bias, base=base, tbase=tbase)
     run = dispatch.choose("add_linear_attention_jvp", impl, q.device, ADD_JVP_IMPLEMENTATIONS)
     return run(base, tbase, q, k, v, tq, tk, tv, weight, bias, feature_map)

@@ -117,6 +117,7 @@ def state_kernel(
     p_tk,
     p_tv,
     p_partial,  # float32 (G, programs, 1 or 2, D + 1, D): S and z, then their tangents
+    p_largest,  # float32 (G, programs, D): |v|, written if LARGEST
     stride_kb,
     stride_kl,
     stride_kn,
@@ -134,6 +135,7 @@ def state_kernel(
     tiles_per_program,
     FEATURE_MAP: tl.constexpr,
     TANGENT: tl.constexpr,
+    LARGEST: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -150,6 +152,7 @@ def state_kernel(
     # S^T = v^T phi: phi comes from registers, and a product takes those as its right operand without transposing them.
     b_st = tl.zeros((D, D), tl.float32)
     b_phis = tl.zeros((BLOCK, D), tl.float32)  # summed over tokens once, at the end
+    b_bits = tl.zeros((BLOCK, D), tl.int32)  # of magnitudes: as integers they are ordered, and NaN is the largest
 
     first = i_program * tiles_per_program
     # The mask of the last tile stays in the loop: memory is the limit here, and it costs no traffic.
@@ -159,6 +162,8 @@ def state_kernel(
         b_k = tl.load(p_k + i_t[:, None] * stride_kl + i_d[None, :], mask=m_t, other=0.0).to(tl.float32)
         b_v = tl.load(p_v + i_t[:, None] * stride_vl + i_d[None, :], mask=m_t, other=0.0)
         b_phi = tl.where(m_t, features(b_k, FEATURE_MAP, EXACT), 0.0)  # [T, D]
+        if LARGEST:
+            b_bits = tl.maximum(b_bits, tl.abs(b_v.to(tl.float32)).to(tl.int32, bitcast=True))
         if TANGENT:
             b_tk = tl.load(p_tk + i_t[:, None] * stride_tkl + i_d[None, :], mask=m_t, other=0.0).to(tl.float32)
             b_tv = tl.load(p_tv + i_t[:, None] * stride_tvl + i_d[None, :], mask=m_t, other=0.0)
@@ -172,10 +177,19 @@ def state_kernel(
         if TANGENT:
             b_tst = tl.dot(tl.trans(b_tv), b_phi, b_tst, input_precision="ieee")
 
+    if LARGEST:
+        p_largest += (i_g.to(tl.int64) * tl.num_programs(0) + i_program) * D + i_d
+        tl.store(p_largest, tl.max(b_bits, 0).to(tl.float32, bitcast=True))
     i_state = (i_g.to(tl.int64) * tl.num_programs(0) + i_program) * (2 if TANGENT else 1)
     store_partial(p_partial + i_state * (D + 1) * D, b_st, tl.sum(b_phis, 0), D)
     if TANGENT:
         store_partial(p_partial + (i_state + 1) * (D + 1) * D, b_tst, tl.sum(b_tphis, 0), D)
+
+
+@triton.jit
+def load_tokens(p_x, i_t, end, stride_l, D: tl.constexpr):
+    """[T, D] of the tokens i_t (int64) before `end`, zero beyond."""
+    return tl.load(p_x + i_t[:, None] * stride_l + tl.arange(0, D)[None, :], mask=(i_t < end)[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=("length", "tiles_per_program"))
@@ -232,10 +246,21 @@ def apply_kernel(
         b_bias = tl.load(p_bias + i_d).to(tl.float32)
 
     first = i_program * tiles_per_program
-    for i_tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(length, BLOCK))):
-        i_t = (i_tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    # Loads are one tile ahead: what stands between them and the next is a product and two reductions.
+    i_next = (first * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    end = tl.minimum(length, (first + tiles_per_program) * BLOCK)
+    b_next_q = load_tokens(p_q, i_next, end, stride_ql, D)
+    if HAS_BASE:
+        b_next_base = load_tokens(p_base, i_next, end, stride_basel, D)
+    for _ in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(length, BLOCK))):
+        i_t = i_next
+        i_next += BLOCK
         m_t = (i_t < length)[:, None]
-        b_q = tl.load(p_q + i_t[:, None] * stride_ql + i_d[None, :], mask=m_t, other=0.0)
+        b_q = b_next_q
+        b_next_q = load_tokens(p_q, i_next, end, stride_ql, D)
+        if HAS_BASE:
+            b_base = b_next_base
+            b_next_base = load_tokens(p_base, i_next, end, stride_basel, D)
         b_phi = features(b_q.to(tl.float32), FEATURE_MAP, EXACT)
         if TANGENT:
             b_tq = tl.load(p_tq + i_t[:, None] * stride_tql + i_d[None, :], mask=m_t, other=0.0).to(tl.float32)
@@ -258,8 +283,7 @@ def apply_kernel(
                 b_tz_T = tl.sum(b_tphi.to(tl.float32) * b_z[None, :] + b_phi.to(tl.float32) * b_tz[None, :], 1)
                 b_to = (b_to - b_o * b_tz_T[:, None]) * b_inverse[:, None]
         if HAS_BASE:
-            p_base_T = p_base + i_t[:, None] * stride_basel + i_d[None, :]
-            b_o += tl.load(p_base_T, mask=m_t, other=0.0).to(tl.float32)
+            b_o += b_base.to(tl.float32)
         if HAS_BIAS:
             b_o += b_bias[None, :]
         tl.store(p_o + i_t[:, None] * stride_ol + i_d[None, :], b_o.to(b_q.dtype), mask=m_t)

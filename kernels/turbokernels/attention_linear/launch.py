@@ -19,7 +19,8 @@ from turbokernels.attention_linear import kernel
 from turbokernels.attention_tiles import check_kernel_operands, strides_of
 from turbokernels.tuning import Launch, best, shared_memory
 
-PROGRAMS_PER_PROCESSOR = 2
+PROGRAMS_PER_PROCESSOR = 2  # each leaves partial sums behind
+APPLYING_PROGRAMS_PER_PROCESSOR = 4
 INTERPRETED_PROCESSORS = 3  # so that partial sums are tested
 
 
@@ -32,19 +33,43 @@ def _candidates(x: Tensor) -> list[Launch]:
     return [Launch(8, 3, BLOCK=32), Launch(8, 3, BLOCK=64), Launch(8, 4, BLOCK=32), Launch(8, 2, BLOCK=64)]
 
 
-def _split(length: int, groups: int, block: int, device: torch.device) -> tuple[int, int]:
+def _split(
+    length: int, groups: int, block: int, device: torch.device, per_processor: int = PROGRAMS_PER_PROCESSOR
+) -> tuple[int, int]:
     """(programs, tiles per program) along the tokens of each of `groups` heads: enough programs to fill the device."""
     tiles = -(-length // block)
     processors = INTERPRETED_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = max(1, PROGRAMS_PER_PROCESSOR * processors // groups)
+    wanted = max(1, per_processor * processors // groups)
     per_program = -(-tiles // min(wanted, tiles))
     return -(-tiles // per_program), per_program
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
+def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def compute_state(
+    k: Tensor, v: Tensor, tk: Tensor | None, tv: Tensor | None, feature_map: str, with_largest: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The state of k, v (B, L, N, D), with its tangent if tk and tv are given; on demand the largest |v| that each program
+    found, float32 (G, programs, D)."""
+    batch, length, heads, dim = k.shape
+    groups, kinds = batch * heads, 1 if tk is None else 2
+
+    def run(launch: Launch) -> tuple[Tensor, Tensor | None]:
+        programs, per_program = _split(length, groups, launch["BLOCK"], k.device)
+        partial = torch.empty(groups, programs, kinds, dim + 1, dim, dtype=torch.float32, device=k.device)
+        largest = partial.new_empty(groups, programs, dim) if with_largest else None
+        kernel.state_kernel[programs, groups](
+            *(k, v, tk, tv, partial, largest, *strides_of(k), *strides_of(v), *strides_of(tk), *strides_of(tv)),
+            *(heads, length, per_program),
+            **launch.kwargs(FEATURE_MAP=feature_map, TANGENT=tk is not None, LARGEST=with_largest, D=dim),
+        )
+        return partial.sum(1), largest
+
+    return run(best("linear_attention_state", (dim, k.dtype, kinds), _candidates(k), run, k.device))
 
 
 @torch.library.custom_op(
@@ -54,20 +79,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 )
 def state_op(k: Tensor, v: Tensor, tk: Tensor | None, tv: Tensor | None, feature_map: str) -> Tensor:
     """The state of k, v (B, L, N, D), with its tangent if tk and tv are given."""
-    batch, length, heads, dim = k.shape
-    groups, kinds = batch * heads, 1 if tk is None else 2
-
-    def run(launch: Launch) -> Tensor:
-        programs, per_program = _split(length, groups, launch["BLOCK"], k.device)
-        partial = torch.empty(groups, programs, kinds, dim + 1, dim, dtype=torch.float32, device=k.device)
-        kernel.state_kernel[programs, groups](
-            *(k, v, tk, tv, partial, *strides_of(k), *strides_of(v), *strides_of(tk), *strides_of(tv)),
-            *(heads, length, per_program),
-            **launch.kwargs(FEATURE_MAP=feature_map, TANGENT=tk is not None, D=dim),
-        )
-        return partial.sum(1)
-
-    return run(best("linear_attention_state", (dim, k.dtype, kinds), _candidates(k), run, k.device))
+    return compute_state(k, v, tk, tv, feature_map)[0]
 
 
 @state_op.register_fake
@@ -95,7 +107,8 @@ def apply_op(
     batch, length, heads, dim = q.shape
 
     def run(launch: Launch) -> tuple[Tensor, Tensor]:
-        programs, per_program = _split(length, batch * heads, launch["BLOCK"], q.device)
+        block, per_processor = launch["BLOCK"], APPLYING_PROGRAMS_PER_PROCESSOR
+        programs, per_program = _split(length, batch * heads, block, q.device, per_processor)
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         to = o.new_empty(0) if tq is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
         kernel.apply_kernel[programs, batch * heads](
@@ -204,7 +217,7 @@ def _(k: Tensor, v: Tensor, dstate: Tensor, feature_map: str) -> tuple[Tensor, T
     return k.new_empty(k.shape), k.new_empty(k.shape)
 
 
-def _project(state: Tensor, weight_FE: Tensor) -> Tensor:
+def project_state(state: Tensor, weight_FE: Tensor) -> Tensor:
     """S P^T in place of S (each kind), z as it was: the state whose application is the projected output."""
     dim = weight_FE.shape[0]
     projected = torch.matmul(state, weight_FE.float().mT)
@@ -231,8 +244,8 @@ class _LinearAttention(torch.autograd.Function):
         tq, tk, tv, tbase = tangents or (None, None, None, None)
         with torch.autocast(q.device.type, enabled=False):
             state = state_op(k, v, tk, tv, feature_map)
-            projected = state if weight is None else _project(state, weight)
-            o, to = apply_op(q, tq, projected, base, tbase, _flat(bias), feature_map)
+            projected = state if weight is None else project_state(state, weight)
+            o, to = apply_op(q, tq, projected, base, tbase, flat(bias), feature_map)
         ctx.save_for_backward(q, k, v, state[:, :1], weight, bias)
         ctx.feature_map = feature_map
         ctx.mark_non_differentiable(to)
@@ -250,13 +263,13 @@ class _LinearAttention(torch.autograd.Function):
         dweight = dbias = None
         with torch.autocast(q.device.type, enabled=False):
             state = state.contiguous()
-            projected = state if weight is None else _project(state, weight)
+            projected = state if weight is None else project_state(state, weight)
             dq, dstate = query_gradient_op(q, do, projected, ctx.feature_map)
             if weight is not None:
                 # o is linear in S P^T, so P's gradient needs no tokens: dP = sum over heads of d(S P^T)^T S.
                 dprojected_PF, state_PE = (x[:, 0, :dim].reshape(-1, dim) for x in (dstate, state))
                 dweight = (dprojected_PF.mT @ state_PE).to(weight.dtype)
-                dstate = _project(dstate, weight.mT)
+                dstate = project_state(dstate, weight.mT)
             if bias is not None:
                 dbias = do.sum((0, 1, 2), dtype=torch.float32).to(bias.dtype)
             dk, dv = key_gradient_op(k, v, dstate, ctx.feature_map)

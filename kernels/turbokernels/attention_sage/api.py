@@ -31,7 +31,7 @@ IMPLEMENTATIONS = {"triton": _triton, "reference": reference.sage_attention}
 SPARSE_IMPLEMENTATIONS = {"triton": _triton_sparse, "reference": reference.sage_sparse_attention}
 
 
-def _resolve_pv(op: str, q: Tensor, k: Tensor, v: Tensor, pv: str) -> str:
+def resolve_pv(op: str, q: Tensor, k: Tensor, v: Tensor, pv: str) -> str:
     """Check what is particular to quantised attention and return the format of P V."""
     if pv not in PV_FORMATS:
         raise ValueError(f"{op}: pv={pv!r} is not known; use one of {', '.join(PV_FORMATS)}")
@@ -53,7 +53,7 @@ def sage_attention(q: Tensor, k: Tensor, v: Tensor, pv: str = "auto", impl: str 
     Source: SageAttention 2, arXiv 2411.10958; method.md section 7.
     """
     check_attention("sage_attention", q, k, v)
-    pv = _resolve_pv("sage_attention", q, k, v, pv)
+    pv = resolve_pv("sage_attention", q, k, v, pv)
     return dispatch.choose("sage_attention", impl, q.device, IMPLEMENTATIONS)(q, k, v, pv)
 
 
@@ -67,5 +67,5 @@ def sage_sparse_attention(
     """
     check_attention("sage_sparse_attention", q, k, v)
     mask.check_operands("sage_sparse_attention", q, k)
-    pv = _resolve_pv("sage_sparse_attention", q, k, v, pv)
+    pv = resolve_pv("sage_sparse_attention", q, k, v, pv)
     return dispatch.choose("sage_sparse_attention", impl, q.device, SPARSE_IMPLEMENTATIONS)(q, k, v, mask, pv)

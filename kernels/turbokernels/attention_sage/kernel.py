@@ -3,7 +3,8 @@
 Three passes over memory prepare the operands, then one kernel attends:
 
     statistics   the mean of k and the scale of v of each channel: what several programs found, then one for all
-    rows         q, and k minus its mean, to int8 with one scale per block of tokens; q's scale holds the softmax's
+    rows         q, and k minus its mean, to int8 with one scale per block of tokens; q's scale holds the softmax's, and
+                 the same pass finds its block means for those who select by them
     values       v to e4m3 with one scale per channel, transposed in tiles: Hopper's 8-bit products want tokens
                  contiguous in both operands; or to float16
     attend       int8 scores, online softmax in float32, P V in e4m3 or float16; on Hopper, `kernel_hopper.py`
@@ -68,7 +69,8 @@ def tokens_of(block: int) -> int:
 def statistics_kernel(
     p_k,
     p_v,
-    p_partial,  # float32 (G, 2, SPLITS, D): sums of k, largest |v|
+    p_sums,  # float32 (G, SPLITS, D): of k
+    p_largest,  # float32 (G, SPLITS, D): |v|
     stride_kb,
     stride_kl,
     stride_kn,
@@ -100,23 +102,28 @@ def statistics_kernel(
         b_sum += tl.sum(tl.reshape(b_k.to(dtype), (BLOCK // ROWS, ROWS, D)), 0)
         b_v = tl.reshape(tl.abs(b_v).to(tl.int32, bitcast=True), (BLOCK // ROWS, ROWS, D))
         b_bits = tl.maximum(b_bits, tl.max(b_v, 0))
-    p_partial += (i_g.to(tl.int64) * 2 * SPLITS + i_split) * D + i_d
-    tl.store(p_partial, tl.sum(b_sum, 0).to(tl.float32))
-    tl.store(p_partial + SPLITS * D, tl.max(b_bits, 0).to(tl.float32, bitcast=True))
+    out = (i_g.to(tl.int64) * SPLITS + i_split) * D + i_d
+    tl.store(p_sums + out, tl.sum(b_sum, 0).to(tl.float32))
+    tl.store(p_largest + out, tl.max(b_bits, 0).to(tl.float32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=("length",))
+@triton.jit(do_not_specialize=("length", "programs"))
 def combine_kernel(
-    p_partial,
+    p_sums,  # float32 (G, programs, D), read if MEAN
+    p_largest,  # float32 (G, programs, D)
     p_mean,  # float32 (G, D): of k
     p_scale,  # float32 (G, D): of v in e4m3
     length,
+    programs,
+    MEAN: tl.constexpr,
     D: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # a power of two that is not less
 ):
-    i_g, i_d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
-    p_partial += i_g * 2 * SPLITS * D + tl.arange(0, SPLITS)[:, None] * D + i_d[None, :]
-    tl.store(p_mean + i_g * D + i_d, tl.sum(tl.load(p_partial), 0) / length)
-    b_largest = largest_magnitude(tl.load(p_partial + SPLITS * D), 0)
+    i_g, i_d, i_p = tl.program_id(0).to(tl.int64), tl.arange(0, D), tl.arange(0, PROGRAMS)[:, None]
+    offsets = (i_g * programs + i_p) * D + i_d[None, :]
+    if MEAN:
+        tl.store(p_mean + i_g * D + i_d, tl.sum(tl.load(p_sums + offsets, mask=i_p < programs, other=0.0), 0) / length)
+    b_largest = largest_magnitude(tl.load(p_largest + offsets, mask=i_p < programs, other=0.0), 0)
     tl.store(p_scale + i_g * D + i_d, safe_scale(b_largest, 448.0))
 
 
@@ -126,6 +133,7 @@ def rows_kernel(
     p_mean,  # float32 (G, D), read if SMOOTH
     p_values,  # int8 (G, blocks * BLOCK, W)
     p_scale,  # float32 (G, blocks)
+    p_block_mean,  # float32 (G, blocks, D), written if MEANS
     stride_b,
     stride_l,
     stride_n,
@@ -133,11 +141,12 @@ def rows_kernel(
     length,
     factor,
     SMOOTH: tl.constexpr,
+    MEANS: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of q, or of k minus its mean, to int8; its scale times `factor`."""
+    """One block of q, or of k minus its mean, to int8; its scale times `factor`; its mean over the tokens that exist."""
     i_block, i_g = tl.program_id(0), tl.program_id(1)
     i_d = tl.arange(0, W)[None, :]
     i_t = (i_block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
@@ -148,7 +157,11 @@ def rows_kernel(
         b_mean = tl.load(p_mean + i_g * D + i_d, mask=i_d < D, other=0.0)  # [1, W]
         b_x = tl.where(m_x, b_x - b_mean, 0.0)
     scale = safe_scale(largest_magnitude(largest_magnitude(b_x, 1), 0), 127.0)
+    n_tokens = tl.minimum(length - i_block * BLOCK, BLOCK)
     i_block = i_g.to(tl.int64) * tl.num_programs(0) + i_block
+    if MEANS:
+        i_w = tl.arange(0, W)
+        tl.store(p_block_mean + i_block * D + i_w, tl.sum(b_x, 0) / n_tokens, mask=i_w < D)
     p_values += (i_block * BLOCK + tl.arange(0, BLOCK))[:, None] * W + i_d
     tl.store(p_values, to_8_bits(b_x * (1.0 / scale), tl.int8))
     tl.store(p_scale + i_block, scale * factor)

@@ -21,7 +21,7 @@ SPLITS = kernel.SPLITS.value
 LOG2E = math.log2(math.e)
 
 
-def _check(op: str, q: Tensor, pv: str) -> None:
+def check(op: str, q: Tensor, pv: str) -> None:
     """Require what the kernels can do. Errors: ValueError with the remedy."""
     check_kernel_operands(op, q)
     if pv == "fp8" and capability(q.device) < (8, 9):
@@ -65,42 +65,76 @@ def portable_candidates(q: Tensor, block_q: int, block_k: int, pv: str) -> list[
     return [*launches, small]
 
 
+def _width(dim: int) -> int:
+    """Of an int8 row."""
+    return max(NARROWEST, dim)
+
+
 def _rows(
-    x: Tensor, mean: Tensor, block: int, n_blocks: int, factor: float, smooth: bool, width: int
+    x: Tensor, mean: Tensor | None, block: int, factor: float, block_means: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """int8 (G, n_blocks * block, width) and float32 scales (G, n_blocks) of x (B, L, N, D)."""
+    """int8 (G, blocks * block, width) and float32 scales (G, blocks) of x (B, L, N, D), less its mean (G, D) if given.
+    block_means: float32 (B, N, blocks, D), to be written."""
     batch, length, heads, dim = x.shape
-    groups = batch * heads
-    values = torch.empty(groups, n_blocks * block, width, dtype=torch.int8, device=x.device)
+    groups, n_blocks = batch * heads, -(-length // block)
+    values = torch.empty(groups, n_blocks * block, _width(dim), dtype=torch.int8, device=x.device)
     scale = torch.empty(groups, n_blocks, dtype=torch.float32, device=x.device)
-    launch = Launch(8 if block >= 64 else 4, 1, BLOCK=block)
+    # A sum over tokens is the quicker the fewer warps share it.
+    launch = Launch(8 if block >= 64 and block_means is None else 4, 1, BLOCK=block)
     kernel.rows_kernel[n_blocks, groups](
-        *(x, mean, values, scale, *strides_of(x), heads, length, factor),
-        **launch.kwargs(SMOOTH=smooth, D=dim, W=width),
+        *(x, mean, values, scale, block_means, *strides_of(x), heads, length, factor),
+        **launch.kwargs(SMOOTH=mean is not None, MEANS=block_means is not None, D=dim, W=_width(dim)),
     )
     return values, scale
+
+
+def quantize_queries(q: Tensor, block: int, block_means: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q for `attend`: int8 (G, I * block, width), and its scales (G, I) with the softmax's factor. block_means: float32
+    (B, N, I, D), to be written."""
+    return _rows(q, None, block, LOG2E * q.shape[3] ** -0.5, block_means)
+
+
+def quantize_keys(k: Tensor, mean: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """k minus its mean (G, D) for `attend`: int8 (G, J * block, width), and scales (G, J)."""
+    return _rows(k, mean, block, 1.0)
+
+
+def value_scale(largest: Tensor) -> Tensor:
+    """The scale of v in e4m3 of each channel, float32 (G, D), from the largest magnitudes that programs found (G,
+    programs, D)."""
+    return _combine(None, largest, 1)[1]
+
+
+def _combine(sums: Tensor | None, largest: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The mean of k (not written without sums) and the scale of v, float32 (G, D)."""
+    groups, programs, dim = largest.shape
+    mean, scale = torch.empty(2, groups, dim, dtype=torch.float32, device=largest.device).unbind(0)
+    kernel.combine_kernel[groups,](  # pyright: ignore[reportArgumentType]
+        *(sums, largest, mean, scale, length, programs),
+        **{"MEAN": sums is not None, "D": dim, "PROGRAMS": 1 << (programs - 1).bit_length()},
+    )
+    return mean, scale
 
 
 def _statistics(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of k and the scale of v in e4m3 of each channel, float32 (G, D)."""
     batch, length, heads, dim = k.shape
     groups = batch * heads
-    partial = torch.empty(groups, 2, SPLITS, dim, dtype=torch.float32, device=k.device)
-    mean, scale = torch.empty(2, groups, dim, dtype=torch.float32, device=k.device).unbind(0)
+    sums, largest = torch.empty(2, groups, SPLITS, dim, dtype=torch.float32, device=k.device).unbind(0)
     launch = Launch(8, 1, BLOCK=64, ROWS=16)
     tiles_per_program = -(-length // (launch["BLOCK"] * SPLITS))
     kernel.statistics_kernel[SPLITS, groups](
-        *(k, v, partial, *strides_of(k), *strides_of(v), heads, length, tiles_per_program),
+        *(k, v, sums, largest, *strides_of(k), *strides_of(v), heads, length, tiles_per_program),
         **launch.kwargs(D=dim),
     )
-    kernel.combine_kernel[groups,](partial, mean, scale, length, D=dim)  # pyright: ignore[reportArgumentType]
-    return mean, scale
+    return _combine(sums, largest, length)
 
 
-def _values(v: Tensor, scale: Tensor, block: int, n_blocks: int, fp8: bool) -> Tensor:
+def quantize_values(v: Tensor, scale: Tensor, block: int, pv: str) -> Tensor:
     """v in the format of P V, padded to whole blocks: e4m3 (G, J * block / tokens, D, tokens) with the tokens of
     `kernel.tokens_of`, or float16 (G, J * block, D)."""
     batch, length, heads, dim = v.shape
+    n_blocks, fp8 = -(-length // block), pv == "fp8"
     tokens: int = kernel.tokens_of(block)  # pyright: ignore[reportAssignmentType]
     tiles = (n_blocks * block // tokens, dim, tokens) if fp8 else (n_blocks * block, dim)
     values = torch.empty(batch * heads, *tiles, dtype=torch.float8_e4m3fn if fp8 else torch.float16, device=v.device)
@@ -146,25 +180,24 @@ def _attend_hopper(
     )
 
 
-@torch.library.custom_op(
-    "turbokernels::sage_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? kept, int block_q, int block_k, str pv) -> Tensor",
-)
-def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, block_k: int, pv: str) -> Tensor:
-    """o (B, Lq, N, D) over the kept blocks (B, N, I, M), or over all of them."""
-    batch, length_q, heads, dim = q.shape
-    groups, length_k = batch * heads, k.shape[1]
-    n_q_blocks, n_k_blocks = -(-length_q // block_q), -(-length_k // block_k)
+def attend(
+    q: Tensor,
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    values: Tensor,
+    v_scale: Tensor,
+    kept: Tensor | None,
+    blocks: tuple[int, int],
+    length_k: int,
+    pv: str,
+) -> Tensor:
+    """o (B, Lq, N, D), like q, of quantised operands (`quantize_queries`, `quantize_keys`, `quantize_values`), over the
+    kept blocks (B, N, I, M) or over all of them."""
+    (_, length_q, heads, dim), (q_values, q_scale), (k_values, k_scale) = q.shape, queries, keys
+    (block_q, block_k), n_q_blocks, n_k_blocks, fp8 = blocks, q_scale.shape[1], k_scale.shape[1], pv == "fp8"
     n_kept = n_k_blocks if kept is None else kept.shape[3]
-    width, fp8 = max(NARROWEST, dim), pv == "fp8"
-
-    mean, v_scale = _statistics(k, v)
-    q_values, q_scale = _rows(q, mean, block_q, n_q_blocks, LOG2E * dim**-0.5, False, width)
-    k_values, k_scale = _rows(k, mean, block_k, n_k_blocks, 1.0, True, width)
-    values = _values(v, v_scale, block_k, n_k_blocks, fp8)
     scales = q_scale, k_scale, v_scale
-    blocks, sizes = (block_q, block_k), (length_q, length_k, n_q_blocks, n_k_blocks, n_kept)
+    sizes = (length_q, length_k, n_q_blocks, n_k_blocks, n_kept)
     lists = q_scale.view(torch.int32) if kept is None else kept.contiguous()  # without lists: never read
 
     def run(launch: Launch) -> Tensor:
@@ -172,14 +205,28 @@ def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, 
         if "SLOTS" in launch:
             _attend_hopper(q_values, k_values, values, scales, lists, o, sizes, kept is not None, blocks, launch)
             return o
-        kernel.attend_kernel[n_q_blocks * (block_q // launch["ROWS"]), groups](
+        kernel.attend_kernel[n_q_blocks * (block_q // launch["ROWS"]), q_values.shape[0]](
             *(q_values, k_values, values, *scales, lists, o, *strides_of(o), heads, *sizes),
-            **launch.kwargs(SPARSE=kept is not None, FP8=fp8, D=dim, W=width, BLOCK_Q=block_q, BLOCK_K=block_k),
+            **launch.kwargs(
+                SPARSE=kept is not None, FP8=fp8, D=dim, W=q_values.shape[2], BLOCK_Q=block_q, BLOCK_K=block_k
+            ),
         )
         return o
 
     key = (dim, pv, block_q, block_k, "dense" if kept is None else "sparse")
     return run(best("sage_attention", key, candidates(q, block_q, block_k, pv), run, q.device))
+
+
+@torch.library.custom_op(
+    "turbokernels::sage_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? kept, int block_q, int block_k, str pv) -> Tensor",
+)
+def sage_op(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, block_q: int, block_k: int, pv: str) -> Tensor:
+    """o (B, Lq, N, D) over the kept blocks (B, N, I, M), or over all of them."""
+    mean, v_scale = _statistics(k, v)
+    operands = quantize_queries(q, block_q), quantize_keys(k, mean, block_k), quantize_values(v, v_scale, block_k, pv)
+    return attend(q, *operands, v_scale, kept, (block_q, block_k), k.shape[1], pv)
 
 
 @sage_op.register_fake
@@ -201,12 +248,12 @@ class _Inference(torch.autograd.Function):
 
 def sage_sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, pv: str) -> Tensor:
     """As `reference.sage_sparse_attention`."""
-    _check("sage_sparse_attention", q, pv)
+    check("sage_sparse_attention", q, pv)
     return _Inference.apply(q, k, v, mask.kept, mask.block_q, mask.block_k, pv)  # pyright: ignore[reportReturnType]
 
 
 def sage_attention(q: Tensor, k: Tensor, v: Tensor, pv: str) -> Tensor:
     """As `reference.sage_attention`."""
-    _check("sage_attention", q, pv)
+    check("sage_attention", q, pv)
     blocks = reference.DENSE_BLOCK_Q, reference.DENSE_BLOCK_K
     return _Inference.apply(q, k, v, None, *blocks, pv)  # pyright: ignore[reportReturnType]

@@ -59,8 +59,9 @@ def backward_q_kernel(
     p_delta += program_head() * length_q + rows
     b_shift, b_sum = load_lse(p_lse, tl.minimum(rows, length_q - 1), length_q, EXACT)
     if EXACT:
+        b_sum_dp = tl.zeros([R], tl.float64)
+        b_total = tl.zeros([R], tl.float64)
         b_delta = tl.zeros([R], tl.float32)
-        b_total = tl.zeros([R], tl.float32)
     else:
         b_o = load_tile(p_o, stride_ob, stride_ol, stride_on, i_row, length_q, R, D, False)
         b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
@@ -72,8 +73,8 @@ def backward_q_kernel(
         p_list += (program_head() * tl.cdiv(length_q, BLOCK_Q) + i_row // BLOCK_Q) * n_kept
         n_steps = n_kept * (BLOCK_K // T)
     # dO V^T and delta nearly cancel where a row has one key that counts. EXACT takes a pass of its own over the keys for
-    # delta = rowsum(P * dO V^T) / rowsum(P), so that they are rounded alike and the rows of dS sum to zero also where these
-    # scores are not the forward's to the last bit: keys may share a large offset.
+    # delta = rowsum(P * dO V^T) / rowsum(P), in float64, so that the rows of dS sum to zero also where these scores are not
+    # the forward's to the last bit: keys may share a large offset.
     for i_pass in tl.static_range(0 if EXACT else 1, 2):
         key_block = 0 if DENSE else tl.load(p_list)
         for step in range(0, n_steps):
@@ -84,13 +85,13 @@ def backward_q_kernel(
             b_dp = dot_rows(b_do, b_v, EXACT)
             b_p = probabilities(b_s, score_scale, b_shift[:, None], b_sum[:, None], EXACT)
             if i_pass == 0:
-                b_delta += tl.sum(b_p * b_dp, 1)
-                b_total += tl.sum(b_p, 1)
+                b_sum_dp += tl.sum(b_p.to(tl.float64) * b_dp, 1)
+                b_total += tl.sum(b_p.to(tl.float64), 1)
             else:
                 b_ds = b_p * (b_dp - b_delta[:, None])
                 b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
         if i_pass == 0:
-            b_delta = tl.div_rn(b_delta, b_total)
+            b_delta = (b_sum_dp / b_total).to(tl.float32)
             tl.store(p_delta, b_delta, mask=rows < length_q)
 
     store_tile(p_dq, stride_db, stride_dl, stride_dn, i_row, length_q, b_dq * scale, R, D)

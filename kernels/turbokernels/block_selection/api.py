@@ -21,6 +21,14 @@ def _triton(*operands: Any) -> BlockMask:
 IMPLEMENTATIONS = {"triton": _triton, "reference": reference.select_blocks}
 
 
+def check_selection(op: str, topk: float, block_q: int, block_k: int) -> None:
+    """Require a fraction and block sizes that the kernels know."""
+    if not 0.0 < topk <= 1.0:  # also refuses NaN
+        raise ValueError(f"{op}: topk={topk} is out of range; use a fraction in (0, 1], such as 0.1")
+    check_block_size(op, "block_q", block_q)
+    check_block_size(op, "block_k", block_k)
+
+
 def select_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int, impl: str = "auto") -> BlockMask:
     """Choose the key blocks that each query block attends to: the best max(1, floor(topk * key blocks)) by pooled
     score.
@@ -31,9 +39,6 @@ def select_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int,
     Errors: ValueError for topk, block sizes or operands out of range.
     Source: SLA, arXiv 2509.24006; method.md section 3, steps 1-3.
     """
-    if not 0.0 < topk <= 1.0:  # also refuses NaN
-        raise ValueError(f"select_blocks: topk={topk} is out of range; use a fraction in (0, 1], such as 0.1")
-    check_block_size("select_blocks", "block_q", block_q)
-    check_block_size("select_blocks", "block_k", block_k)
+    check_selection("select_blocks", topk, block_q, block_k)
     check_attention("select_blocks", q, k)
     return dispatch.choose("select_blocks", impl, q.device, IMPLEMENTATIONS)(q, k, topk, block_q, block_k)

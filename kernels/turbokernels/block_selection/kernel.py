@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from turbokernels.attention_tiles import check_kernel_operands, program_head, strides_of
+from turbokernels.block_selection import reference
 from turbokernels.blocks import BlockMask
 
 CHUNK, LONG_CHUNK = 512, 2048  # entries of a row that a program holds at once
@@ -44,17 +45,20 @@ def mean_kernel(p_x, p_mean, stride_b, stride_l, stride_n, heads, length, BLOCK:
 
 @triton.jit(do_not_specialize=["length", "n_blocks"])
 def centre_kernel(
-    p_mean, length, n_blocks, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    p_mean, p_total, length, n_blocks, BLOCK: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Subtract from block means (B, N, J, D), in place, the mean over all tokens. Means that are not finite do not
-    count, so that they stay the only ones that are not. Programs are (parts of COLUMNS channels, heads, samples)."""
-    p_mean += program_head() * n_blocks * D + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """Subtract from block means (B, N, J, D), in place, the mean over all tokens, and write that (B, N, D). Means that are
+    not finite do not count, so that they stay the only ones that are not. Programs are (parts of COLUMNS channels, heads,
+    samples)."""
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    p_mean += program_head() * n_blocks * D + columns[None, :]
     b_sum = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, n_blocks, ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
         b_mean = tl.load(p_mean + rows * D, mask=rows < n_blocks, other=0.0)
         tokens = tl.minimum(length - rows * BLOCK, BLOCK).to(tl.float32)  # the last block may be ragged
         b_sum += tl.sum(tl.where(tl.abs(b_mean) < float("inf"), b_mean * (tokens / length), 0.0), 0)
+    tl.store(p_total + program_head() * D + columns, b_sum)
     for first in range(0, n_blocks, ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
         b_mean = tl.load(p_mean + rows * D, mask=rows < n_blocks, other=0.0)
@@ -148,8 +152,21 @@ def block_means(x: Tensor, block: int) -> Tensor:
     batch, length, heads, dim = x.shape
     n_blocks = triton.cdiv(length, block)
     means = torch.empty(batch, heads, n_blocks, dim, dtype=torch.float32, device=x.device)
-    mean_kernel[(n_blocks * heads, batch)](x, means, *strides_of(x), heads, length, BLOCK=block, D=dim, num_warps=4)
+    warps = 1 if x.itemsize == 2 else 4  # as few as hold a block: threads of one warp share a sum without a barrier
+    mean_kernel[(n_blocks * heads, batch)](x, means, *strides_of(x), heads, length, BLOCK=block, D=dim, num_warps=warps)
     return means
+
+
+def centred_key_means(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Block means (B, N, J, D) of k minus the mean over all tokens, and that mean (B, N, D); float32."""
+    batch, length, heads, dim = k.shape
+    k_BNJD = block_means(k, block)
+    total = torch.empty(batch, heads, dim, dtype=torch.float32, device=k.device)
+    centre_kernel[(dim // CENTRE_COLUMNS, heads, batch)](
+        *(k_BNJD, total, length, k_BNJD.shape[2]),
+        **{"BLOCK": block, "D": dim, "ROWS": CENTRE_ROWS, "COLUMNS": CENTRE_COLUMNS, "num_warps": 4},
+    )
+    return k_BNJD, total
 
 
 def keep_best(score_BNIJ: Tensor, n_kept: int) -> Tensor:
@@ -164,17 +181,16 @@ def keep_best(score_BNIJ: Tensor, n_kept: int) -> Tensor:
     return kept
 
 
-@torch.library.custom_op("turbokernels::select_blocks", mutates_args=())
-def _select(q: Tensor, k: Tensor, n_kept: int, block_q: int, block_k: int) -> Tensor:
-    batch, length_k, heads, dim = k.shape
-    q_BNID, k_BNJD = block_means(q, block_q), block_means(k, block_k)
-    n_blocks = k_BNJD.shape[2]
-    centre_kernel[(dim // CENTRE_COLUMNS, heads, batch)](
-        k_BNJD, length_k, n_blocks, BLOCK=block_k, D=dim, ROWS=CENTRE_ROWS, COLUMNS=CENTRE_COLUMNS, num_warps=4
-    )
-    with torch.autocast(q.device.type, enabled=False):  # rounded scores would tie and flip between neighbours
+def best_blocks(q_BNID: Tensor, k_BNJD: Tensor, n_kept: int) -> Tensor:
+    """`keep_best` of the scores of block means, k's centred."""
+    with torch.autocast(q_BNID.device.type, enabled=False):  # rounded scores would tie and flip between neighbours
         score_BNIJ = q_BNID @ k_BNJD.mT
     return keep_best(score_BNIJ, n_kept)
+
+
+@torch.library.custom_op("turbokernels::select_blocks", mutates_args=())
+def _select(q: Tensor, k: Tensor, n_kept: int, block_q: int, block_k: int) -> Tensor:
+    return best_blocks(block_means(q, block_q), centred_key_means(k, block_k)[0], n_kept)
 
 
 @_select.register_fake
@@ -186,8 +202,7 @@ def _(q: Tensor, k: Tensor, n_kept: int, block_q: int, block_k: int) -> Tensor:
 def select_blocks(q: Tensor, k: Tensor, topk: float, block_q: int, block_k: int) -> BlockMask:
     """As reference.select_blocks."""
     check_kernel_operands("select_blocks", q)
-    n_kept = max(1, math.floor(topk * -(-k.shape[1] // block_k)))
-    kept = _select(q.detach(), k.detach(), n_kept, block_q, block_k)
+    kept = _select(q.detach(), k.detach(), reference.kept_blocks(topk, k.shape[1], block_k), block_q, block_k)
     return BlockMask(kept, block_q, block_k, q.shape[1], k.shape[1])
 
 

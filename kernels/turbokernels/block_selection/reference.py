@@ -24,6 +24,11 @@ def block_means(x_BLND: Tensor, block: int) -> Tensor:
     return torch.cat(means, 1).transpose(1, 2)
 
 
+def kept_blocks(topk: float, length_k: int, block_k: int) -> int:
+    """How many of the key blocks each query block keeps: max(1, floor(topk * J))."""
+    return max(1, math.floor(topk * -(-length_k // block_k)))
+
+
 @torch.no_grad()
 def select_blocks(q_BLND: Tensor, k_BLND: Tensor, topk: float, block_q: int, block_k: int) -> BlockMask:
     """Keep, for each query block, the m = max(1, floor(topk * J)) key blocks whose pooled keys score best.
@@ -49,7 +54,7 @@ def select_blocks(q_BLND: Tensor, k_BLND: Tensor, topk: float, block_q: int, blo
     with torch.autocast(q_BLND.device.type, enabled=False):
         score_BNIJ = pooled_q_BNID @ (pooled_k_BNJD - mean_BN1D).mT
 
-    n_kept = max(1, math.floor(topk * n_k_blocks))
+    n_kept = kept_blocks(topk, length_k, block_k)
     best_BNIM = score_BNIJ.sort(dim=-1, descending=True, stable=True).indices[..., :n_kept]
     kept_BNIM = best_BNIM.sort(dim=-1).values.int()
     return BlockMask(kept_BNIM, block_q, block_k, q_BLND.shape[1], length_k)

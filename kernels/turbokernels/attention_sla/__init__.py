@@ -1,0 +1,1 @@
+"""Sparse-linear attention with a quantised sparse branch (SageSLA) as one call."""
