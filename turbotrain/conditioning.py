@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from turbotrain.codecs import VideoCodec
-from turbotrain.codecs.image import clip_tokens
+from turbotrain.codecs.image import ImageEncoder, clip_tokens
 from turbotrain.model.variants import Variant
 
 MASK_CHANNELS = 4  # one a pixel frame of a latent frame
@@ -68,12 +68,14 @@ def condition_on_image(
     shape: tuple[int, int, int, int],
     components: Mapping[str, str] | None = None,
     device: str | torch.device = "cpu",
+    image_encoder: ImageEncoder | None = None,
 ) -> Conditioning:
     """The conditioning of one image for latents of `shape` (C, T, H, W).
 
     Args:
         image: path, PIL image, uint8 array, or None for text to video.
         components: resolved places; `image_encoder` is needed by networks with CLIP tokens.
+        image_encoder: that encoder where it is loaded already, for many images.
 
     Raises:
         ValueError: an image for a text-to-video variant, none for an image-to-video one, no image encoder where one is needed.
@@ -92,7 +94,9 @@ def condition_on_image(
         return _first_latent(codec, scale_and_crop(picture, *pixels), shape, device)
     y_BCTHW = _masked_clip(codec, np.asarray(picture.resize(pixels[::-1], Image.Resampling.BICUBIC)), shape, device)
     clip_BLD = None
-    if variant.config.image_dim is not None:
+    if variant.config.image_dim is not None and image_encoder is not None:
+        clip_BLD = image_encoder(picture).to(device)
+    elif variant.config.image_dim is not None:
         place = (components or {}).get("image_encoder")
         if not place:
             raise ValueError(

@@ -44,22 +44,14 @@ def main(arguments: Sequence[str]) -> int:
 def run(request: Request) -> None:
     """Loads the checkpoint and does what `mode` says."""
     if not request.config.debug:
-        _quiet_libraries()
+        from turbotrain.codecs.folders import quiet_libraries
+
+        quiet_libraries()
     if request.config.weights == "random":
         _benchmark_forward(request)
         return
     pipe = _load(request.config)
     {"generate": _generate, "evaluate": _evaluate, "benchmark": _benchmark}[request.config.mode](request, pipe)
-
-
-def _quiet_libraries() -> None:
-    """diffusers and transformers tell of optional packages and of loading bars that nobody asked for."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
 
 
 def _load(config: InferConfig) -> TurboPipeline:

@@ -32,3 +32,13 @@ def require_complete(loading_info: Mapping[str, Any]) -> None:
     missing = sorted(str(key) for kind in ("missing_keys", "mismatched_keys") for key in loading_info[kind])
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+
+
+def quiet_libraries() -> None:
+    """diffusers and transformers tell of optional packages and of loading bars that nobody asked for."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

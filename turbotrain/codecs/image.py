@@ -5,6 +5,8 @@ Legend: B images, C colours, H, W pixels, L tokens, D their width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,23 +25,33 @@ if TYPE_CHECKING:
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
-@torch.no_grad()
-def clip_tokens(place: str, picture: Image.Image, device: str | torch.device) -> Tensor:
-    """(1, L, D) tokens before the last layer of a CLIP vision tower: a transformers folder, a hub id, or the official `.pth`.
-
-    The tower is loaded for this one image and gone afterwards.
+class ImageEncoder:
+    """A CLIP vision tower on `device`: a transformers folder, a hub id, or the official `.pth`.
 
     Raises:
         ValueError: the folder or file cannot be read, would run code, or lacks weights.
     """
-    if is_official_file(place):
-        tower = load_clip(place, torch.float32)
-        pixels_BCHW = official_pixels(picture, cast(int, tower.config.image_size))  # as `load_clip` says it
-    else:
-        tower, pixels_BCHW = _from_folder(place, picture)
-    nn.Module.to(tower, device)  # transformers' decorator hides the signature of its own `to`
-    hidden = tower(pixels_BCHW.to(device, tower.dtype), output_hidden_states=True).hidden_states
-    return hidden[-2].float()
+
+    def __init__(self, place: str, device: str | torch.device) -> None:
+        self.device = torch.device(device)
+        if is_official_file(place):
+            self.tower = load_clip(place, torch.float32)
+            size = cast(int, self.tower.config.image_size)  # as `load_clip` says it
+            self._pixels: Callable[[Image.Image], Tensor] = partial(official_pixels, size=size)
+        else:
+            self.tower, self._pixels = _from_folder(place)
+        nn.Module.to(self.tower, self.device)  # transformers' decorator hides the signature of its own `to`
+
+    @torch.no_grad()
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """(1, L, D) float32 tokens before the last layer."""
+        pixels_BCHW = self._pixels(picture).to(self.device, self.tower.dtype)
+        return self.tower(pixels_BCHW, output_hidden_states=True).hidden_states[-2].float()
+
+
+def clip_tokens(place: str, picture: Image.Image, device: str | torch.device) -> Tensor:
+    """The same for one image: the tower is gone afterwards."""
+    return ImageEncoder(place, device)(picture)
 
 
 def official_pixels(picture: Image.Image, size: int) -> Tensor:
@@ -52,7 +64,7 @@ def official_pixels(picture: Image.Image, size: int) -> Tensor:
     return (pixels_BCHW - mean) / std
 
 
-def _from_folder(place: str, picture: Image.Image) -> tuple[CLIPVisionModel, Tensor]:
+def _from_folder(place: str) -> tuple[CLIPVisionModel, Callable[[Image.Image], Tensor]]:
     from transformers import CLIPImageProcessor, CLIPVisionModel  # seconds to import: only i2v with CLIP pays for it
 
     with reading("image_encoder", place, "CLIP vision"):
@@ -62,4 +74,4 @@ def _from_folder(place: str, picture: Image.Image) -> tuple[CLIPVisionModel, Ten
         beside = Path(place).expanduser().with_name("image_processor")  # where a diffusers pipeline keeps it
         own = (Path(place).expanduser() / PROCESSOR_FILE).is_file() or not beside.is_dir()
         processor = CLIPImageProcessor.from_pretrained(place if own else str(beside))
-    return tower.eval(), processor(images=picture, return_tensors="pt")["pixel_values"]
+    return tower.eval(), lambda picture: processor(images=picture, return_tensors="pt")["pixel_values"]

@@ -118,6 +118,11 @@ class LatentDataset:
         return self.index.lost + len(self._bad)
 
     @property
+    def problems(self) -> list[str]:
+        """Why samples that were read so far are bad."""
+        return list(self._bad.values())
+
+    @property
     def mb_per_second(self) -> float:
         """Of all that was read and decoded so far."""
         return self._read_bytes / 1e6 / self._read_seconds if self._read_seconds else 0.0
@@ -137,6 +142,10 @@ class LatentDataset:
         self._kept = {index: _moved(sample, device) for index, sample in self._kept.items()}
         return self
 
+    def look(self, index: int) -> Sample | None:
+        """Sample `index` itself, None where it is bad."""
+        return self._kept.get(index) or self._read(index)
+
     def prompt(self, index: int) -> str:
         return self.sample(index).prompt
 
@@ -152,7 +161,7 @@ class LatentDataset:
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, or the next good one of its shape."""
-        while (sample := self._kept.get(index) or self._read(index)) is None:
+        while (sample := self.look(index)) is None:
             bucket = next(bucket for bucket in self.buckets if index in bucket)
             if all(other in self._bad for other in bucket):
                 raise DatasetError(f"data: {self.folder} holds no good sample of this shape; build the shards again")
@@ -177,7 +186,7 @@ class LatentDataset:
         except ValueError as error:
             with self._lock:
                 self._bad[index] = str(error)
-            refuse_beyond(self.needs.max_bad, self.bad_samples, [*self.index.problems, *self._bad.values()])
+            refuse_beyond(self.needs.max_bad, self.bad_samples, [*self.index.problems, *self.problems])
             return None
 
     def _decode(self, entry: Entry) -> Sample:
