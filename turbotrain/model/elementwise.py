@@ -9,7 +9,7 @@ Shape suffixes: B batch, L tokens, M 1 or L, D features, N heads, H head dim, P 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import turbokernels as tk
 from torch import Tensor, nn
 
 from turbotrain.model import functional as fn
-from turbotrain.model.quant_linear import QuantLinear, common_scheme, quantize_for
+from turbotrain.model.quant_linear import QuantLinear, common_scheme, multiply_together, quantize_for
 from turbotrain.model.tangent import Dual, Quantized, add, lift, linear
 
 PER_TOKEN = {"int8_channel": torch.int8, "fp8_channel": torch.float8_e4m3fn}
@@ -83,6 +83,12 @@ def norm_heads(x: Dual, weight_D: Tensor, rope_2LP: Tensor | None, num_heads: in
         return lift(fn.norm_rope, x, weight_D, rope_2LP, eps)
     cos_LP, sin_LP = (None, None) if rope_2LP is None else rope_2LP.unbind()
     return Dual(tk.rms_norm_rope(split_heads(x, num_heads).x, weight_D, cos_LP, sin_LP, eps))
+
+
+def linears(layers: Sequence[nn.Module], x: Dual | Quantized) -> list[Dual]:
+    """linear(layer, x) of layers that read the same values; one product where their 8-bit weights lie together."""
+    together = multiply_together(layers, x) if isinstance(x, Quantized) else None
+    return [linear(layer, x) for layer in layers] if together is None else [Dual(y) for y in together]
 
 
 def gelu_linear(module: nn.Module, x: Dual) -> Dual:

@@ -1,11 +1,13 @@
 """What a call of the network must look like; errors say the value and what was expected.
 
-Shape suffixes: B batch, C channels, T H W latent frames, height, width, L tokens, D features.
+Shape suffixes: B batch, C channels, T H W latent frames, height, width, L tokens, D features; X layers, S context tokens,
+N heads, H head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +19,61 @@ from turbotrain.model.variants import WanConfig
 Selection = Sequence[BlockMask | None]
 
 
+class KeyValue(NamedTuple):
+    """What queries of one cross-attention meet: k, normed, and v, each (B, S, N, H)."""
+
+    k: Tensor
+    v: Tensor
+
+
+Source = Tensor | KeyValue  # context tokens (B, S, D), or what a cross-attention makes of them
+
+
+class EncodedContext(NamedTuple):
+    """Text and CLIP tokens as the blocks' cross-attentions read them: every layer's keys, then its values.
+
+    `WanTransformer.encode_context` makes it; nothing of it depends on the latent or the time.
+    """
+
+    text_X2BSNH: Tensor
+    clip_X2BSNH: Tensor | None = None
+
+    def layer(self, index: int) -> tuple[KeyValue, KeyValue | None]:
+        """Of the text, and of the CLIP tokens if there are any."""
+        clip = None if self.clip_X2BSNH is None else KeyValue(*self.clip_X2BSNH[index].unbind())
+        return KeyValue(*self.text_X2BSNH[index].unbind()), clip
+
+
+def check_context(config: WanConfig, batch: int, context: Tensor | EncodedContext, clip_BLD: Tensor | None) -> None:
+    """ValueError where text or CLIP tokens, as they come or encoded, do not fit the network."""
+    if isinstance(context, EncodedContext):
+        if clip_BLD is not None:
+            raise ValueError("clip is given beside an encoded context, which holds it: leave it out")
+        tokens, expected = context.text_X2BSNH.shape[3:4], (config.num_heads, config.head_dim)
+        if context.text_X2BSNH.shape != (config.num_layers, 2, batch, *tokens, *expected):
+            raise ValueError(
+                f"context is encoded as {tuple(context.text_X2BSNH.shape)}: expected ({config.num_layers}, 2, {batch}, "
+                f"tokens, {config.num_heads}, {config.head_dim}), as encode_context of this network gives it"
+            )
+        has_clip = context.clip_X2BSNH is not None
+        if has_clip != (config.image_dim is not None):
+            needs = "without" if config.image_dim is None else "with"
+            raise ValueError(f"context is encoded for another network: this one takes it {needs} CLIP tokens")
+        return
+    if (clip_BLD is None) != (config.image_dim is None):
+        needs = "none" if config.image_dim is None else f"(B, tokens, {config.image_dim})"
+        raise ValueError(
+            f"clip is {'missing' if clip_BLD is None else tuple(clip_BLD.shape)}: this network takes {needs}"
+        )
+    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != config.text_dim:
+        raise ValueError(f"context has shape {tuple(context.shape)}: expected ({batch}, tokens, {config.text_dim})")
+
+
 def check_inputs(
     config: WanConfig,
     x_BCTHW: Tensor,
     timestep: Tensor,
-    context_BLD: Tensor,
+    context_BLD: Tensor | EncodedContext,
     y_BCTHW: Tensor | None,
     clip_BLD: Tensor | None,
     tangents: tuple[Tensor, Tensor] | None,
@@ -40,13 +92,7 @@ def check_inputs(
         raise ValueError(
             f"y is {given}: this network takes {config.condition_channels} channels of (T, H, W) = {tuple(sizes)}"
         )
-    if (clip_BLD is None) != (config.image_dim is None):
-        needs = "none" if config.image_dim is None else f"(B, tokens, {config.image_dim})"
-        raise ValueError(
-            f"clip is {'missing' if clip_BLD is None else tuple(clip_BLD.shape)}: this network takes {needs}"
-        )
-    if context_BLD.ndim != 3 or context_BLD.shape[0] != batch or context_BLD.shape[2] != config.text_dim:
-        raise ValueError(f"context has shape {tuple(context_BLD.shape)}: expected ({batch}, tokens, {config.text_dim})")
+    check_context(config, batch, context_BLD, clip_BLD)
     if tuple(timestep.shape) not in ((batch,), (batch, 1), (batch, t * h * w)):
         raise ValueError(f"timestep has shape {tuple(timestep.shape)}: expected ({batch},) or ({batch}, {t * h * w})")
     if tangents is not None:

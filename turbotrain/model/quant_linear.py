@@ -15,8 +15,8 @@ Shape suffixes: N output features, K input features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +132,65 @@ def common_scheme(layers: Iterable[nn.Module]) -> str | None:
     """The scheme in which one quantisation of their input serves all the layers; None where there is no such scheme."""
     schemes = {layer.scheme if isinstance(layer, QuantLinear) and layer.smooth is None else None for layer in layers}
     return schemes.pop() if len(schemes) == 1 else None
+
+
+def prepare_for_inference(model: nn.Module) -> nn.Module:
+    """Lay the 8-bit weights of q, k and v, which read one input, side by side in memory, in place: one product computes all.
+
+    Names, values and bytes stay what they are. Moving the model (`.to`) parts them again, which costs speed alone; layers
+    that cannot lie together (floating, smoothed one by one, ragged tiles) stay as they are.
+    """
+    for block in model.get_submodule("blocks").children():
+        layers = [block.get_submodule(name) for name in BLOCK_VECTORS["smooth_attn"]]
+        if _fit_together(layers) and _joined(layers, "weight_q") is None:
+            _lay_together(layers)
+    return model
+
+
+def multiply_together(layers: Sequence[nn.Module], x: Quantized) -> list[Tensor] | None:
+    """Every layer's result for one quantised input by one product, views of one tensor (..., sum of N); None for layers
+    that do not lie together (`prepare_for_inference`).
+
+    int8 results are those of the layers one by one, bit for bit: their sums are exact.
+    """
+    if torch.compiler.is_compiling() or not _fit_together(layers):  # a compiled graph knows no addresses
+        return None
+    weight_q, scale = _joined(layers, "weight_q"), _joined(layers, "scale")
+    bias = None if layers[0].bias is None else _joined(layers, "bias")
+    if weight_q is None or scale is None or (bias is None) != (layers[0].bias is None):
+        return None
+    y = w8a8_linear((x.values, x.scale), weight_q, scale, bias, layers[0].scheme, out_dtype=x.dtype)
+    return list(y.split([layer.out_features for layer in layers], dim=-1))
+
+
+def _fit_together(layers: Sequence[nn.Module]) -> TypeGuard[Sequence[QuantLinear]]:
+    """Whether the weights of layers that read one input are rows of one 8-bit weight."""
+    if common_scheme(layers) is None:
+        return False
+    joined: Any = layers
+    whole_tiles = joined[0].scheme != "int8_block128" or all(layer.out_features % 128 == 0 for layer in joined[:-1])
+    return whole_tiles and len({None if layer.bias is None else layer.bias.dtype for layer in joined}) == 1
+
+
+@torch.no_grad()
+def _lay_together(layers: Sequence[QuantLinear]) -> None:
+    for name in ("weight_q", "scale", "bias"):
+        parts = [getattr(layer, name) for layer in layers]
+        if parts[0] is not None:
+            for layer, part in zip(layers, torch.cat(parts).split([len(part) for part in parts])):
+                setattr(layer, name, part)
+
+
+def _joined(layers: Sequence[QuantLinear], name: str) -> Tensor | None:
+    """The layers' tensors of that name as one along their first dimension, a view; None unless that is how they lie."""
+    parts = [getattr(layer, name) for layer in layers]
+    first, storage = parts[0], parts[0].untyped_storage().data_ptr()
+    end = first.data_ptr()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != storage or part.data_ptr() != end or not part.is_contiguous():
+            return None
+        end += part.nbytes
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def quantize_for(scheme: str | None, x: Tensor) -> Dual | Quantized:
