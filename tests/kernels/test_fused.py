@@ -116,6 +116,19 @@ def test_norm_without_rotation() -> None:
     assert torch.equal(rms_norm_rope(x, weight), rms_norm_rope(x, weight, still.cos(), still.sin()))
 
 
+@torch.no_grad()
+def test_norm_in_place() -> None:
+    """One of three projections that lie together, as inference has them: its neighbours are left alone."""
+    together, weight, angle = torch.randn(2, 7, 9, 8), torch.randn(24), torch.randn(7, 4)
+    before = together.clone()
+    x = together[:, :, 3:6]
+    expected = rms_norm_rope(x, weight, angle.cos(), angle.sin())
+    assert rms_norm_rope(x, weight, angle.cos(), angle.sin(), in_place=True) is x
+    assert torch.equal(x, expected)
+    for i in (0, 6):
+        assert torch.equal(together[:, :, i : i + 3], before[:, :, i : i + 3])
+
+
 def test_gradients_reach_every_operand() -> None:
     x, y = torch.randn(2, 1, 5, 8, dtype=torch.float64).unbind(0)
     one = torch.randn(1, 1, 8, dtype=torch.float64)
@@ -135,6 +148,8 @@ def test_bad_operands() -> None:
         rms_norm_rope(x, torch.ones(8), angle, angle[:4])
     with pytest.raises(ValueError, match="cos is missing; pass cos and sin together, or neither"):
         rms_norm_rope(x, torch.ones(8), None, angle)
+    with pytest.raises(ValueError, match="in_place overwrites what a gradient needs"):
+        rms_norm_rope(x, torch.ones(8, requires_grad=True), in_place=True)
     with pytest.raises(ValueError, match="even head dim"):
         rms_norm_rope(torch.randn(1, 5, 2, 3), torch.ones(6), angle, angle)
     with pytest.raises(ValueError, match=r"scale has shape \(1, 8\); expected \(1, 1, 8\) or \(1, 5, 8\)"):

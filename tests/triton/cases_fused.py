@@ -118,9 +118,17 @@ def check_rope(batch: int, length: int, heads: int, head_dim: int, dtype: torch.
     # Packed; one of three in a packed projection; heads that do not follow one another.
     packed = torch.full((batch, length, 3, heads, head_dim), float("nan"), dtype=dtype, device=device)
     apart = torch.full((batch, heads, length, head_dim + 6), float("nan"), dtype=dtype, device=device)
-    for view in (packed[:, :, 0].contiguous(), packed[:, :, 1], apart.transpose(1, 2)[..., 2 : head_dim + 2]):
+    views = (packed[:, :, 0].contiguous(), packed[:, :, 1], apart.transpose(1, 2)[..., 2 : head_dim + 2])
+    for view in views:
         view.copy_(x)
-        check_within_budget(tk.rms_norm_rope(view, *tables, impl="triton"), plain, exact)
+        got = tk.rms_norm_rope(view, *tables, impl="triton")
+        check_within_budget(got, plain, exact)
+        if view is not views[2]:
+            assert tk.rms_norm_rope(view, *tables, impl="triton", in_place=True) is view
+            assert torch.equal(view, got)
+    assert packed[:, :, ::2].isnan().all()  # its neighbours are left alone
+    with pytest.raises(ValueError, match="in place its heads must follow one another"):
+        tk.rms_norm_rope(views[2], *tables, impl="triton", in_place=True)
 
 
 def check_strides(device: str) -> None:

@@ -76,13 +76,16 @@ def residual(x: Dual, branch: Dual, gate: Dual) -> Dual:
 
 
 def norm_heads(x: Dual, weight_D: Tensor, rope_2LP: Tensor | None, num_heads: int, eps: float) -> Dual:
-    """RMSNorm of (B, L, D) over all heads, turned by the angles' cosines and sines if any: (B, L, N, H)."""
+    """RMSNorm of (B, L, D) over all heads, turned by the angles' cosines and sines if any: (B, L, N, H).
+
+    In inference x, a linear's result that nobody else reads, is overwritten.
+    """
     if not _fuses(x):
         if rope_2LP is None:
             return split_heads(lift(fn.rms_norm, x, weight_D, eps), num_heads)
         return lift(fn.norm_rope, x, weight_D, rope_2LP, eps)
     cos_LP, sin_LP = (None, None) if rope_2LP is None else rope_2LP.unbind()
-    return Dual(tk.rms_norm_rope(split_heads(x, num_heads).x, weight_D, cos_LP, sin_LP, eps))
+    return Dual(tk.rms_norm_rope(split_heads(x, num_heads).x, weight_D, cos_LP, sin_LP, eps, in_place=True))
 
 
 def linears(layers: Sequence[nn.Module], x: Dual | Quantized) -> list[Dual]:

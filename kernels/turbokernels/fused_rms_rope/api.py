@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from turbokernels import dispatch
@@ -17,7 +18,18 @@ def _triton(*operands: Any) -> Tensor:
     return kernel.rms_norm_rope(*operands)
 
 
+def _triton_in_place(*operands: Any) -> Tensor:
+    from turbokernels.fused_rms_rope import kernel
+
+    return kernel.rms_norm_rope_(*operands)
+
+
+def _reference_in_place(x: Tensor, *operands: Any) -> Tensor:
+    return x.copy_(reference.rms_norm_rope(x, *operands))
+
+
 IMPLEMENTATIONS = {"triton": _triton, "reference": reference.rms_norm_rope}
+IN_PLACE_IMPLEMENTATIONS = {"triton": _triton_in_place, "reference": _reference_in_place}
 
 
 def rms_norm_rope(
@@ -27,13 +39,16 @@ def rms_norm_rope(
     sin: Tensor | None = None,
     eps: float = 1e-6,
     impl: str = "auto",
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """RMSNorm over all heads and channels of a token, then RoPE on neighbouring channel pairs; (B, L, N, D) in x's
     dtype.
 
     x: (B, L, N, D), contiguous last dimension, D even; weight: (N * D,); cos, sin: (L, D / 2), the rotation of each
     token and pair, or None and None for the norm alone. Arithmetic is float32 (float64 for float64 x), rounded once at the end.
-    Errors: ValueError when shapes, dtypes, devices or strides do not fit.
+    in_place: for inference; x, packed or not, is overwritten and returned, which saves memory of its size.
+    Errors: ValueError when shapes, dtypes, devices or strides do not fit, or what is overwritten requires grad.
     Source: Wan's query and key normalisation, arXiv 2503.20314.
     """
     op = "rms_norm_rope"
@@ -54,4 +69,7 @@ def rms_norm_rope(
             )
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device} but x is on {x.device}; move them to one device")
-    return dispatch.choose(op, impl, x.device, IMPLEMENTATIONS)(x, weight, cos, sin, eps)
+    if in_place and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise ValueError(f"{op}: in_place overwrites what a gradient needs; use no_grad(), or leave in_place out")
+    table = IN_PLACE_IMPLEMENTATIONS if in_place else IMPLEMENTATIONS
+    return dispatch.choose(op, impl, x.device, table)(x, weight, cos, sin, eps)
