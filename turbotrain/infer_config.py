@@ -68,6 +68,7 @@ class InferConfig:
     attention_kind: str = _help(
         "auto", "auto (what the checkpoint says) | sla | sage_sla (8-bit attention, equal weights)"
     )
+    cuda_graphs: bool = _help(True, "record a small network's kernel launches once and replay them; false: less memory")
     variant: str | None = _help(None, "for files of other projects, which do not name it")
     vae: str | None = _help(None, "VAE: folder, official .pth or hub id, where the checkpoint names none")
     text_encoder: str | None = _help(None, "text encoder: folder, official .pth or hub id, likewise")

@@ -72,6 +72,8 @@ def _load(config: InferConfig) -> TurboPipeline:
         text_dtype=config.text_dtype,
         text_cache=default_folder() if config.text_cache and config.mode == "generate" else None,
     )
+    if not config.cuda_graphs:
+        pipe.graphs = None
     _say(f"loaded {pipe.variant.name} from {config.checkpoint} on {pipe.device} in {time.perf_counter() - start:.1f} s")
     return pipe
 

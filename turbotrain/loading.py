@@ -18,6 +18,7 @@ from turbotrain.checkpoint.header import expert_folders
 from turbotrain.codecs import PromptEncoder, VideoCodec
 from turbotrain.codecs.prompts import prompt_encoder
 from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.quant_linear import prepare_for_inference
 from turbotrain.model.variants import VARIANTS, Variant, WanConfig
 
 
@@ -105,7 +106,7 @@ def load_networks(source: Source, device: torch.device, dtype: torch.dtype | Non
     """Every network of the checkpoint on `device`; int8 layers stay int8 unless a dtype is given."""
     attention = None if source.attention_kind is None else {"kind": source.attention_kind}
     return [
-        load_transformer(folder, str(device), network_dtype(meta, device, dtype), attention)
+        prepare_for_inference(load_transformer(folder, str(device), network_dtype(meta, device, dtype), attention))
         for folder, meta in zip(source.folders, source.metas)
     ]
 

@@ -29,6 +29,7 @@ from turbotrain.codecs.text import clean
 from turbotrain.conditioning import Conditioning, condition_on_image, load_image, size_for_area
 from turbotrain.diffusion.samplers import draw_noise, seeded_generators
 from turbotrain.loading import load_codec, load_networks, load_prompt_encoder, read_source, resolve_device
+from turbotrain.model.graphs import GraphCache
 from turbotrain.model.variants import Variant, default_negative_prompt
 from turbotrain.sampling import (
     SamplerOptions,
@@ -79,6 +80,9 @@ class TurboPipeline:
         codec, text_encoder: shared freely between pipelines; they hold no state of a call. A plain TextEncoder stays where it is.
         variant: sampling defaults; `meta.sampler` overrides those of the Turbo sampler.
         components: places of further parts that are loaded when a call needs them (`image_encoder`).
+
+    Attributes:
+        graphs: CUDA graphs of the networks, recorded where that pays; None launches every kernel of every step.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class TurboPipeline:
         self.variant = variant
         self.meta = meta
         self.components = components or {}
+        self.graphs = GraphCache() if self.device.type == "cuda" else None
 
     @classmethod
     def from_checkpoint(
@@ -305,7 +310,10 @@ class TurboPipeline:
             cfg = settings.cfg
             if negative_BLD is None:
                 raise ValueError("negative_BLD is missing: teacher sampling needs the negative prompt's embedding")
-        velocity = network_velocity(self.experts, context_BLD, conditioning, self.variant.boundary, negative_BLD, cfg)
+        networks = self.experts if self.graphs is None else [self.graphs.network(expert) for expert in self.experts]
+        velocity = network_velocity(
+            networks, context_BLD, conditioning, self.variant.boundary, negative_BLD, cfg, encode_once=True
+        )
         generators = seeded_generators(seeds, self.device)
         noise_BCTHW = draw_noise((len(generators), *shape), generators)
         latents_BCTHW = settings.sample(velocity, noise_BCTHW, generators, _counted(callback, settings.steps))

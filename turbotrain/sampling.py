@@ -129,16 +129,21 @@ def network_velocity(
     boundary: float | None = None,
     negative_BLD: Tensor | None = None,
     cfg: tuple[float, float] = (1.0, 1.0),
+    encode_once: bool = False,
 ) -> Velocity:
     """What a sampler evaluates at every step: each network with its conditioning, guided where there is a negative embedding,
-    and the switch between two of them (the high-noise expert comes first, its scale in `cfg` second)."""
+    and the switch between two of them (the high-noise expert comes first, its scale in `cfg` second).
+
+    encode_once: as `bind` takes it.
+    """
+    given = {**conditioning.arguments, "encode_once": encode_once}
     velocities: list[Velocity] = []
     for index, expert in enumerate(experts):
-        velocity: Velocity = bind(expert, context_BLD, **conditioning.arguments)
+        velocity: Velocity = bind(expert, context_BLD, **given)
         if negative_BLD is not None:
             low_scale, high_scale = cfg
             scale = high_scale if index == 0 and len(experts) > 1 else low_scale
-            velocity = guided(velocity, bind(expert, negative_BLD, **conditioning.arguments), scale)
+            velocity = guided(velocity, bind(expert, negative_BLD, **given), scale)
         velocities.append(velocity)
     if len(velocities) == 1:
         return velocities[0]

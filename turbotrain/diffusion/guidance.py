@@ -167,4 +167,5 @@ def _stack(cond: BoundVelocity, uncond: BoundVelocity) -> BoundVelocity | None:
             stacked[name] = a
         else:
             return None
-    return BoundVelocity(cond.model, stacked.pop("context"), stacked.pop("clean"), stacked.pop("clean_frames"), stacked)
+    context_BLD, clean_BCTHW, clean_frames_BT = (stacked.pop(name) for name in ("context", "clean", "clean_frames"))
+    return BoundVelocity(cond.model, context_BLD, clean_BCTHW, clean_frames_BT, stacked, cond.encode_once)

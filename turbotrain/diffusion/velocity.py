@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,8 +60,9 @@ class BoundVelocity:
     clean_BCTHW: Tensor | None = None
     clean_frames_BT: Tensor | None = None
     conditioning: Mapping[str, Any] = field(default_factory=dict)
+    encode_once: bool = False
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The network's compute precision: the commonest floating dtype of its parameters, since a bf16 Wan keeps
         float32 islands."""
@@ -94,8 +96,7 @@ class BoundVelocity:
         if return_selection:
             options["return_selection"] = True
 
-        context = self.context_BLD.to(dtype)
-        extras = {k: _cast(value, dtype) for k, value in self.conditioning.items()}
+        context, extras = self._network_inputs
         out = self.model(x_s_BE.to(dtype), timestep, context, **extras, **options)
 
         parts = list(out) if isinstance(out, tuple) else [out]
@@ -103,6 +104,16 @@ class BoundVelocity:
         v, tangent = parts[0], parts[1] if tangents is not None else None
         wide = torch.float64 if x_s_BE.dtype == torch.float64 else torch.float32
         return VelocityOutput(v.to(wide), None if tangent is None else tangent.to(wide), chosen)
+
+    @cached_property
+    def _network_inputs(self) -> tuple[Any, dict[str, Any]]:
+        """Context and conditioning as the network reads them at every call."""
+        context = self.context_BLD.to(self.dtype)
+        extras = {k: _cast(value, self.dtype) for k, value in self.conditioning.items()}
+        if not self.encode_once:
+            return context, extras
+        network: Any = getattr(self.model, "module", self.model)
+        return network.encode_context(context, extras.pop("clip_BLD", None)), extras
 
     def _noisy_tokens(self, x_BCTHW: Tensor) -> Tensor:
         """(B, L) mask, 0 on tokens of clean frames: they get timestep 0 (raster order: a frame's tokens are
@@ -120,6 +131,7 @@ def bind(
     *,
     clean_BCTHW: Tensor | None = None,
     clean_frames_BT: Tensor | None = None,
+    encode_once: bool = False,
     **conditioning: Any,
 ) -> BoundVelocity:
     """`model(x, timestep, context, **conditioning)` as a Velocity, for WanTransformer and for wrappers such as DDP
@@ -129,10 +141,11 @@ def bind(
     velocity comes back in float32, or float64 for a float64 x. `clean_BCTHW` with the boolean `clean_frames_BT`
     (TI2V-5B) fixes latent frames: they enter clean, with timestep 0 and zero tangent. What comes out there means
     nothing: exclude those frames from losses (`clean_frame_mask`) and put the clean latents back after sampling.
+    `encode_once`, for sampling: the network's `encode_context` reads the text at the first call, and not again.
     """
     if (clean_BCTHW is None) != (clean_frames_BT is None):
         raise ValueError("clean_BCTHW and clean_frames_BT describe one thing: give both or neither")
-    return BoundVelocity(model, context_BLD, clean_BCTHW, clean_frames_BT, conditioning)
+    return BoundVelocity(model, context_BLD, clean_BCTHW, clean_frames_BT, conditioning, encode_once)
 
 
 def clean_frame_mask(clean_frames_BT: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -28,13 +29,33 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return (head_dim // 2 - 2 * side, side, side)
 
 
+_witnesses: list[list[Tensor]] = []
+
+
+@contextmanager
+def tables_used() -> Iterator[list[Tensor]]:
+    """The tensors that the functions below gave out inside: who reads them later, by address, must hold them himself."""
+    used: list[Tensor] = []
+    _witnesses.append(used)
+    try:
+        yield used
+    finally:
+        _witnesses.pop()
+
+
 def _made_once(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Remembers results, except in a compiled graph, which makes its own: on the device, in microseconds."""
     remember = functools.lru_cache(maxsize=16)(function)
 
     @functools.wraps(function)
     def make(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        return (function if torch.compiler.is_compiling() else remember)(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        made = remember(*args, **kwargs)
+        for used in _witnesses:
+            if isinstance(made, Tensor):
+                used.append(made)
+        return made
 
     return make
 
