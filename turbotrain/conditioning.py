@@ -4,28 +4,26 @@ Wan 2.1 I2V and 2.2 I2V-A14B: mask and latent of the padded clip, concatenated t
 TI2V-5B: the latent of the first frame itself, clean, with timestep 0 on its tokens.
 
 Shapes: B videos, C latent channels, T latent frames, H, W latent height and width; L image tokens, D their width; images are
-uint8 (height, width, 3).
+uint8 (height, width, 3); pixels are RGB in [-1, 1].
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
 from turbotrain.codecs import VideoCodec
 from turbotrain.codecs.image import ImageEncoder, clip_tokens
+from turbotrain.codecs.vae import frames_to_pixels
+from turbotrain.images import cover, load_image
 from turbotrain.model.variants import Variant
 
 MASK_CHANNELS = 4  # one a pixel frame of a latent frame
-GREY = 128  # padding frames: 0 in [-1, 1], to half a grey level
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,12 @@ def condition_on_image(
     if kind == "t2v":
         raise ValueError(f"image input needs an i2v variant; this checkpoint is {variant.name}")
     _, _, height, width = shape
-    pixels = (height * codec.stride[1], width * codec.stride[2])
     picture = load_image(image)
+    first_HWC = cover(picture, height * codec.stride[1], width * codec.stride[2])
+    first_BTHWC = torch.from_numpy(first_HWC.copy())[None, None]
     if kind == "ti2v":
-        return _first_latent(codec, scale_and_crop(picture, *pixels), shape, device)
-    y_BCTHW = _masked_clip(codec, np.asarray(picture.resize(pixels[::-1], Image.Resampling.BICUBIC)), shape, device)
+        return _first_latent(codec, first_BTHWC, shape, device)
+    y_BCTHW = _masked_clip(codec, first_BTHWC, shape, device)
     clip_BLD = None
     if variant.config.image_dim is not None and image_encoder is not None:
         clip_BLD = image_encoder(picture).to(device)
@@ -107,58 +106,27 @@ def condition_on_image(
     return Conditioning(y_BCTHW=y_BCTHW, clip_BLD=clip_BLD)
 
 
-def load_image(image: Any) -> Image.Image:
-    """An RGB image from a path, a PIL image or a uint8 array (height, width, 3). Raises ValueError for anything else."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"image has shape {image.shape}, dtype {image.dtype}: expected uint8 (height, width, 3)")
-        return Image.fromarray(image)
-    try:
-        with Image.open(Path(image).expanduser()) as opened:
-            return opened.convert("RGB")
-    except (OSError, TypeError) as error:
-        raise ValueError(f"image = {image!r}: not a readable image file ({error})") from error
-
-
-def size_for_area(picture: Image.Image, area: int, unit: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of about `area` pixels with the picture's aspect ratio, rounded down to multiples of `unit`."""
-    aspect = picture.height / picture.width
-    height = max(unit[0], int(math.sqrt(area * aspect)) // unit[0] * unit[0])
-    width = max(unit[1], int(math.sqrt(area / aspect)) // unit[1] * unit[1])
-    return height, width
-
-
-def scale_and_crop(picture: Image.Image, height: int, width: int) -> np.ndarray:
-    """The centre of the picture after the smallest Lanczos scaling that covers (height, width): uint8 (height, width, 3)."""
-    scale = max(height / picture.height, width / picture.width)
-    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    scaled = picture.resize(size, Image.Resampling.LANCZOS)
-    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
-    return np.asarray(scaled.crop((left, top, left + width, top + height)))
-
-
 def _masked_clip(
-    codec: VideoCodec, first_HWC: np.ndarray, shape: tuple[int, int, int, int], device: str | torch.device
+    codec: VideoCodec, first_BTHWC: Tensor, shape: tuple[int, int, int, int], device: str | torch.device
 ) -> Tensor:
-    """(1, 4 + C, T, H, W): the mask is one on latent frame 0; behind it the latent of the image followed by mid-grey frames."""
+    """(1, 4 + C, T, H, W): the mask is one on latent frame 0; behind it the latent of the image, padded by frames that are 0 in
+    [-1, 1] (between two levels of 8 bits, so the clip is made of floats)."""
     _, length, height, width = shape
     count = (length - 1) * codec.stride[0] + 1
-    clip_THWC = np.full((count, *first_HWC.shape), GREY, dtype=np.uint8)
-    clip_THWC[0] = first_HWC
-    latent_BCTHW = codec.encode(torch.from_numpy(clip_THWC)[None]).to(device)
+    first_BCTHW = frames_to_pixels(first_BTHWC, torch.float32)
+    clip_BCTHW = F.pad(first_BCTHW, (0, 0, 0, 0, 0, count - 1))
+    latent_BCTHW = codec.encode_pixels(clip_BCTHW).to(device)
     mask_BCTHW = torch.zeros(1, MASK_CHANNELS, length, height, width, device=device)
     mask_BCTHW[:, :, 0] = 1
     return torch.cat([mask_BCTHW, latent_BCTHW.float()], dim=1)
 
 
 def _first_latent(
-    codec: VideoCodec, first_HWC: np.ndarray, shape: tuple[int, int, int, int], device: str | torch.device
+    codec: VideoCodec, first_BTHWC: Tensor, shape: tuple[int, int, int, int], device: str | torch.device
 ) -> Conditioning:
     channels, length, height, width = shape
     clean_BCTHW = torch.zeros(1, channels, length, height, width, device=device)
-    clean_BCTHW[:, :, :1] = codec.encode(torch.from_numpy(first_HWC.copy())[None, None]).to(device).float()
+    clean_BCTHW[:, :, :1] = codec.encode(first_BTHWC).to(device).float()
     clean_frames_BT = torch.zeros(1, length, dtype=torch.bool, device=device)
     clean_frames_BT[:, 0] = True
     return Conditioning(clean_BCTHW=clean_BCTHW, clean_frames_BT=clean_frames_BT)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from turbotrain.checkpoint import CheckpointMeta
 from turbotrain.codecs import PromptEncoder, TextEncoder, VideoCodec
 from turbotrain.codecs.text import clean
-from turbotrain.conditioning import Conditioning, condition_on_image, load_image, size_for_area
+from turbotrain.conditioning import Conditioning, condition_on_image
 from turbotrain.diffusion.samplers import draw_noise, seeded_generators
+from turbotrain.images import load_image
 from turbotrain.loading import load_codec, load_networks, load_prompt_encoder, read_source, resolve_device
 from turbotrain.model.graphs import GraphCache
 from turbotrain.model.variants import Variant, default_negative_prompt
@@ -39,11 +40,13 @@ from turbotrain.sampling import (
     network_velocity,
     sampler_settings,
 )
+from turbotrain.sizes import video_size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Callback = Callable[[int, int], None]  # (step just done, steps in all)
+Preview = Callable[[int, int, np.ndarray], None]  # (index of the video, step just done, what its frames would be now)
 NO_NEGATIVE = "negative_prompt has no effect: the Turbo sampler has no guidance, only the teacher's sampler has"
 logger = logging.getLogger(__name__)
 
@@ -171,23 +174,31 @@ class TurboPipeline:
         seed: int = 0,
         *,
         seeds: Sequence[int] | None = None,
+        resolution: str | None = None,
+        aspect: str | None = None,
         width: int | None = None,
         height: int | None = None,
         frames: int | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
         callback: Callback | None = None,
+        preview: Preview | None = None,
         **sampler: Unpack[SamplerOptions],
     ) -> PipelineResult:
         """Generates one video a prompt.
 
         Args:
-            image: first frame (path, PIL image or uint8 (H', W', 3)) for i2v and ti2v variants.
+            image: first frame (path, PIL image or uint8 (H', W', 3)) for i2v and ti2v variants; what does not fit the video's
+                aspect is cut off evenly.
             steps: network evaluations; default 4 (`turbo`) or the variant's (`teacher`).
             seed, seeds: video j uses seed + j, or seeds[j].
-            width, height, frames: pixels and frames of the video; default: the variant's.
+            resolution, aspect: size by name, as `sizes.video_size` takes them (`480p`, `16:9`, `adaptive`, ...); by default the
+                variant's resolution in the image's own aspect, or the variant's size where there is no image.
+            width, height: size in pixels instead. frames: 4 n + 1; default: the variant's.
             batch_size: videos sampled together; default: all.
             callback: called after each network step with (step, steps).
+            preview: called after each network step but the last with (index of the video, step, the frames of its clean
+                prediction); each costs a whole VAE decoding, which the timings leave out.
             sampler: as `SamplerOptions` lists them.
 
         Raises:
@@ -200,14 +211,11 @@ class TurboPipeline:
         row_seeds = list(seeds) if seeds is not None else [seed + j for j in range(len(prompts))]
         if len(row_seeds) != len(prompts):
             raise ValueError(f"seeds = {row_seeds}: {len(row_seeds)} seeds for {len(prompts)} prompts; give one each")
-        if image is not None and self.variant.config.model_type != "t2v":
-            image = load_image(image)
-            if height is None and width is None:
-                height, width = size_for_area(
-                    image, self.variant.height * self.variant.width, self.variant.size_multiple
-                )
+        picture = None if image is None else load_image(image)
+        own = None if picture is None else (picture.height, picture.width)
+        height, width = video_size(self.variant, resolution, aspect, height, width, own)
         shape = self.latent_shape(frames, height, width)
-        settings = self.settings(steps, **sampler)
+        settings = self.settings(steps, (height, width), **sampler)
         is_guided = isinstance(settings, TeacherSettings)
         if not is_guided and negative_prompt is not None:
             logger.warning(NO_NEGATIVE)
@@ -216,7 +224,7 @@ class TurboPipeline:
         with torch.inference_mode():
             self.encode_prompts([*prompts, *([negative] if is_guided else [])])
             timings: dict[str, Any] = {"text": self._clock() - start, "dit": 0.0, "vae": 0.0, "dit_steps": []}
-            conditioning = condition_on_image(self.variant, self.codec, image, shape, self.components, self.device)
+            conditioning = condition_on_image(self.variant, self.codec, picture, shape, self.components, self.device)
             latents: list[Tensor] = []
             videos: list[np.ndarray] = []
             for rows in _batches(len(prompts), batch_size):
@@ -229,7 +237,7 @@ class TurboPipeline:
                         settings,
                         self.encode_prompts([negative] * len(chunk)) if is_guided else None,
                         conditioning,
-                        self._step_clock(timings, callback),
+                        self._step_clock(timings, settings.steps, rows, conditioning, callback, preview),
                     )
                 with self._phase(timings, "vae"):
                     videos += self.decode(latents_BCTHW)
@@ -241,38 +249,23 @@ class TurboPipeline:
     def latent_shape(
         self, frames: int | None = None, height: int | None = None, width: int | None = None
     ) -> tuple[int, int, int, int]:
-        """(C, T, H, W) of the latents of one video. Raises ValueError for lengths and sizes that do not fit."""
-        stride_t, stride_h, stride_w = self.codec.stride
-        patch_t, patch_h, patch_w = self.experts[0].config.patch_size  # type: ignore[union-attr]  # WanTransformer
-        frames = self.variant.frames if frames is None else frames
-        sizes = {
-            "height": self.variant.height if height is None else height,
-            "width": self.variant.width if width is None else width,
-        }
-        unit = stride_t * patch_t
-        if frames < 1 or (frames - 1) % unit:
-            below = max(0, frames - 1) // unit * unit + 1
-            raise ValueError(f"frames = {frames}: must be {unit}n + 1, for example {below} or {below + unit}")
-        for (name, value), unit in zip(sizes.items(), (stride_h * patch_h, stride_w * patch_w)):
-            if value < 1 or value % unit:
-                below = max(unit, value // unit * unit)
-                raise ValueError(
-                    f"{name} = {value}: must be divisible by {unit}, for example {below} or {below + unit}"
-                )
-        return (
-            self.codec.latent_channels,
-            (frames - 1) // stride_t + 1,
-            sizes["height"] // stride_h,
-            sizes["width"] // stride_w,
+        """(C, T, H, W) of the latents of one video, by default the variant's. Raises ValueError for what does not fit."""
+        variant = self.variant
+        return variant.latent_shape(
+            variant.frames if frames is None else frames,
+            variant.height if height is None else height,
+            variant.width if width is None else width,
         )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D) float32 text embeddings; each distinct prompt is encoded once in the pipeline's life."""
         return self.prompts(prompts)
 
-    def settings(self, steps: int | None = None, **sampler: Unpack[SamplerOptions]) -> TurboSettings | TeacherSettings:
+    def settings(
+        self, steps: int | None = None, size: tuple[int, int] | None = None, **sampler: Unpack[SamplerOptions]
+    ) -> TurboSettings | TeacherSettings:
         """The numbers of the sampler for this checkpoint. Raises ValueError as `sampling.sampler_settings` does."""
-        return sampler_settings(self.variant, self.meta.sampler if self.meta else None, steps, **sampler)
+        return sampler_settings(self.variant, self.meta.sampler if self.meta else None, steps, size, **sampler)
 
     def sample(
         self,
@@ -291,8 +284,10 @@ class TurboPipeline:
         Raises:
             ValueError: mode, steps, guidance out of range.
         """
-        settings = self.settings(steps, **sampler)
-        return self._denoise(context_BLD, seeds, shape, settings, negative_BLD, conditioning, callback)
+        _, stride_h, stride_w = self.variant.vae_stride
+        settings = self.settings(steps, (shape[2] * stride_h, shape[3] * stride_w), **sampler)
+        on_step = None if callback is None else lambda index, _: callback(index + 1, settings.steps)
+        return self._denoise(context_BLD, seeds, shape, settings, negative_BLD, conditioning, on_step)
 
     def _denoise(
         self,
@@ -302,7 +297,7 @@ class TurboPipeline:
         settings: TurboSettings | TeacherSettings,
         negative_BLD: Tensor | None = None,
         conditioning: Conditioning | None = None,
-        callback: Callback | None = None,
+        on_step: StepCallback | None = None,
     ) -> Tensor:
         conditioning = (conditioning or Conditioning()).for_batch(len(seeds))
         cfg = (1.0, 1.0)
@@ -316,7 +311,7 @@ class TurboPipeline:
         )
         generators = seeded_generators(seeds, self.device)
         noise_BCTHW = draw_noise((len(generators), *shape), generators)
-        latents_BCTHW = settings.sample(velocity, noise_BCTHW, generators, _counted(callback, settings.steps))
+        latents_BCTHW = settings.sample(velocity, noise_BCTHW, generators, on_step)
         if not bool(torch.isfinite(latents_BCTHW).all()):
             raise ValueError(
                 "the network gave latents that are not finite: its weights are damaged, or overflow in this dtype; "
@@ -344,24 +339,33 @@ class TurboPipeline:
         yield
         timings[name] += self._clock() - start
 
-    def _step_clock(self, timings: dict[str, Any], callback: Callback | None) -> Callback:
+    def _step_clock(
+        self,
+        timings: dict[str, Any],
+        total: int,
+        rows: range,
+        conditioning: Conditioning,
+        callback: Callback | None,
+        preview: Preview | None,
+    ) -> StepCallback:
+        """Tells of each step of the videos `rows`, and keeps the time that it took."""
         timings["dit_steps"] = []
         last = self._clock()
 
-        def step(done: int, total: int) -> None:
+        def on_step(index: int, clean_BCTHW: Tensor) -> None:
             nonlocal last
             now = self._clock()
             timings["dit_steps"].append(now - last)
-            last = now
             if callback is not None:
-                callback(done, total)
+                callback(index + 1, total)
+            if preview is not None and index + 1 < total:
+                restored_BCTHW = conditioning.for_batch(len(rows)).restore(clean_BCTHW)
+                for row, frames_THWC in zip(rows, self.decode(restored_BCTHW)):
+                    preview(row, index + 1, frames_THWC)
+            last = self._clock()
+            timings["dit"] -= last - now  # `_phase` adds it again
 
-        return step
-
-
-def _counted(callback: Callback | None, total: int) -> StepCallback | None:
-    """The samplers report (index, clean prediction); users are told (steps done, steps in all)."""
-    return None if callback is None else lambda index, _: callback(index + 1, total)
+        return on_step
 
 
 def _batches(count: int, size: int | None) -> list[range]:

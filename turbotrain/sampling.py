@@ -26,12 +26,14 @@ class SamplerOptions(TypedDict, total=False):
     """What a caller may say of a sampler; what is left out, or None, is the checkpoint's or the variant's.
 
     mode: `turbo` (method.md 6: no guidance; reads `ode`, `sigma_max`) or `teacher` (method.md 2: reads the others).
+    integer_timesteps: the network is told truncated timesteps, as by the UniPC of the official code and of diffusers.
     """
 
     mode: str
     guidance: float | None
     solver: Solver
     grid: Grid
+    integer_timesteps: bool
     shift: float | None
     ode: bool | None
     sigma_max: float | None
@@ -67,6 +69,7 @@ class TeacherSettings:
     solver: Solver
     grid: Grid
     cfg: tuple[float, float]
+    integer_timesteps: bool = False
 
     def sample(
         self,
@@ -75,23 +78,35 @@ class TeacherSettings:
         generators: Sequence[torch.Generator],
         callback: StepCallback | None = None,
     ) -> Tensor:
-        return sample_teacher(velocity, noise_BCTHW, self.steps, self.shift, self.solver, self.grid, callback=callback)
+        return sample_teacher(
+            velocity,
+            noise_BCTHW,
+            self.steps,
+            self.shift,
+            self.solver,
+            self.grid,
+            integer_timesteps=self.integer_timesteps,
+            callback=callback,
+        )
 
 
 def sampler_settings(
     variant: Variant,
     recorded: Mapping[str, Any] | None = None,
     steps: int | None = None,
+    size: tuple[int, int] | None = None,
     *,
     mode: str = "turbo",
     guidance: float | None = None,
     solver: Solver = "unipc",
     grid: Grid = "wan",
+    integer_timesteps: bool = False,
     shift: float | None = None,
     ode: bool | None = None,
     sigma_max: float | None = None,
 ) -> TurboSettings | TeacherSettings:
-    """What is said here, else what the checkpoint records of its Turbo sampler (`sigma_max`, `times`, `ode`), else the variant's.
+    """What is said here, else what the checkpoint records of its Turbo sampler (`sigma_max`, `times`, `ode`), else the variant's
+    for videos of `size` (height, width) pixels.
 
     Raises:
         ValueError: mode, steps or sigma_max out of range.
@@ -104,7 +119,9 @@ def sampler_settings(
     if not 1 <= steps <= 1000:
         raise ValueError(f"steps = {steps}: the teacher sampler takes 1 to 1000")
     cfg = variant.cfg if guidance is None else (guidance, guidance)
-    return TeacherSettings(steps, variant.shift if shift is None else shift, solver, grid, cfg)
+    if shift is None:
+        shift = variant.shift if size is None else variant.shift_at(*size)
+    return TeacherSettings(steps, shift, solver, grid, cfg, integer_timesteps)
 
 
 def _turbo_settings(

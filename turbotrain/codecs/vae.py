@@ -81,8 +81,13 @@ class VideoCodec:
         if frames_BTHWC.ndim != 5 or frames_BTHWC.shape[-1] != 3 or frames_BTHWC.dtype != torch.uint8:
             given = f"{tuple(frames_BTHWC.shape)} {frames_BTHWC.dtype}"
             raise ValueError(f"frames are {given}: expected uint8 (B, T, H, W, 3)")
-        self.latent_shape(*frames_BTHWC.shape[1:4])
-        pixels_BCTHW = frames_to_pixels(frames_BTHWC.to(self.device), self.vae.dtype)
+        return self.encode_pixels(frames_to_pixels(frames_BTHWC.to(self.device), self.vae.dtype))
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels_BCTHW: Tensor) -> Tensor:
+        """Pixels (B, 3, T, H, W) in [-1, 1] to normalised latents (B, C, T', H', W') float32."""
+        self.latent_shape(*pixels_BCTHW.shape[2:])
+        pixels_BCTHW = pixels_BCTHW.to(self.device, self.vae.dtype)
         return (posterior(self.vae, pixels_BCTHW).mode().float() - self._mean) / self._std
 
     @torch.no_grad()

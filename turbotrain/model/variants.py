@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 MODEL_TYPES = ("t2v", "i2v", "ti2v")
+_LARGE = 600_000  # pixels, between the largest 480p (640x640) and the smallest 720p (960x720)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Variant:
     """One published model: its network(s) and how it is sampled.
 
     experts: ("",) for one network, ("high", "low") for two; `boundary`: the RF time s at and above which the high-noise
-    expert runs. vae_stride: pixels per latent cell (t, h, w). shift: of the teacher's time grid. cfg: guidance scale as
-    (low, high) noise expert. sigma_max: first noise level of the Turbo sampler. width, height, frames, fps: defaults.
+    expert runs. vae_stride: pixels per latent cell (t, h, w). shift: of the teacher's time grid; shift_720p: of large videos,
+    where it differs. cfg: guidance scale as (low, high) noise expert. sigma_max: first noise level of the Turbo sampler.
+    width, height, frames, fps: defaults.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Variant:
     vae_stride: tuple[int, int, int] = (4, 8, 8)
     boundary: float | None = None
     shift: float = 5.0
+    shift_720p: float | None = None
     cfg: tuple[float, float] = (5.0, 5.0)
     sigma_max: float = 80.0
     teacher_steps: int = 50
@@ -98,6 +101,10 @@ class Variant:
     def size_multiple(self) -> tuple[int, int]:
         """Pixel height and width must be whole multiples of these: VAE stride times patch."""
         return (self.vae_stride[1] * self.config.patch_size[1], self.vae_stride[2] * self.config.patch_size[2])
+
+    def shift_at(self, height: int, width: int) -> float:
+        """The teacher's shift for a size in pixels."""
+        return self.shift if self.shift_720p is None or height * width < _LARGE else self.shift_720p
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of the latent of a clip of `frames` (4 n + 1 for stride 4) frames of height x width pixels."""
@@ -145,7 +152,8 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "wan2.1_i2v_14b",
             dataclasses.replace(_WAN_14B_I2V, image_dim=1280),
-            shift=3.0,  # at 480p; 5.0 at 720p
+            shift=3.0,
+            shift_720p=5.0,
             sigma_max=200.0,
             teacher_steps=40,
         ),
