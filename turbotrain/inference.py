@@ -1,23 +1,33 @@
 """What `infer.py` does once its arguments are known to be sound: generate, evaluate, benchmark.
 
 Everything above `_load` runs without torch, so that a mistake costs a second, not ten.
+
+Frames are uint8 (T, H, W, 3).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbotrain.checkpoint.components import COMPONENTS
 from turbotrain.compose import UsageError
-from turbotrain.infer_config import InferConfig, Request, load_request, usage
+from turbotrain.infer_checks import load_request
+from turbotrain.infer_config import InferConfig, Request, usage
+from turbotrain.sizes import video_size
 
 if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from turbotrain.model.variants import Variant
     from turbotrain.pipeline import TurboPipeline
 
 DONE, FAILED, USAGE = 0, 1, 2
@@ -50,8 +60,26 @@ def run(request: Request) -> None:
     if request.config.weights == "random":
         _benchmark_forward(request)
         return
+    picture = _read_image(request)
     pipe = _load(request.config)
-    {"generate": _generate, "evaluate": _evaluate, "benchmark": _benchmark}[request.config.mode](request, pipe)
+    if request.config.mode == "generate":
+        _generate(request, pipe, picture)
+    else:
+        {"evaluate": _evaluate, "benchmark": _benchmark}[request.config.mode](request, pipe)
+
+
+def _read_image(request: Request) -> Image.Image | None:
+    """The first frame, if there is one. Read before the weights: a damaged file should not cost their loading."""
+    config = request.config
+    if not config.image:
+        return None
+    from turbotrain.images import load_image
+
+    picture = load_image(config.image)
+    if request.variant is not None:
+        own = (picture.height, picture.width)
+        video_size(request.variant, config.resolution, config.aspect, config.height, config.width, own)
+    return picture
 
 
 def _load(config: InferConfig) -> TurboPipeline:
@@ -78,50 +106,73 @@ def _load(config: InferConfig) -> TurboPipeline:
     return pipe
 
 
-def _generate(request: Request, pipe: TurboPipeline) -> None:
+def _generate(request: Request, pipe: TurboPipeline, picture: Image.Image | None) -> None:
     from turbotrain.evaluation.video import write_video
     from turbotrain.model.variants import default_negative_prompt
     from turbotrain.pipeline import NO_NEGATIVE
 
-    config = request.config
+    config, jobs, targets = request.config, request.jobs, request.targets
     negative = config.negative_prompt
     if config.sampling == "turbo" and negative is not None:
         print(f"warning: {NO_NEGATIVE}", file=sys.stderr, flush=True)
         negative = None
-    if config.seeds:
-        jobs = [(prompt, seed) for prompt in request.prompts for seed in config.seeds]
-    else:
-        jobs = [(prompt, config.seed + index) for index, prompt in enumerate(request.prompts)]
-    targets = output_paths(Path(config.output).expanduser(), [seed for _, seed in jobs])
     fps = config.fps or float(pipe.variant.fps)
     if len(jobs) > config.batch_size:  # all at once, so that the text encoder comes and goes once
         read = default_negative_prompt(pipe.variant) if negative is None else negative
         pipe.encode_prompts([*request.prompts, *([read] if config.sampling == "teacher" else [])])
     for start in range(0, len(jobs), config.batch_size):
         chunk = jobs[start : start + config.batch_size]
-        result = pipe(
-            [prompt for prompt, _ in chunk],
-            image=config.image or None,
-            steps=config.steps,
-            seeds=[seed for _, seed in chunk],
-            mode=config.sampling,
-            guidance=config.guidance,
-            solver=config.solver,  # type: ignore[arg-type]  # checked by infer_config
-            shift=config.shift,
-            ode=config.ode,
-            sigma_max=config.sigma_max,
-            width=config.width,
-            height=config.height,
-            frames=config.frames,
-            negative_prompt=negative,
-        )
+        names = targets[start : start + config.batch_size]
+
+        def preview(index: int, step: int, frames_THWC: np.ndarray, names: list[Path] = names) -> None:
+            name = f"{names[index].stem}-step{step}{names[index].suffix}"
+            write_video(Path(config.previews).expanduser() / name, frames_THWC, fps)
+
+        with _progress(f"video {start + 1}" if len(chunk) == 1 else f"videos {start + 1}-{start + len(chunk)}") as told:
+            result = pipe(
+                [prompt for prompt, _ in chunk],
+                image=picture,
+                steps=config.steps,
+                seeds=[seed for _, seed in chunk],
+                mode=config.sampling,
+                guidance=config.guidance,
+                solver=config.solver,  # type: ignore[arg-type]  # checked by infer_checks
+                shift=config.shift,
+                ode=config.ode,
+                sigma_max=config.sigma_max,
+                resolution=config.resolution,
+                aspect=config.aspect,
+                width=config.width,
+                height=config.height,
+                frames=config.frames,
+                negative_prompt=negative,
+                callback=told,
+                preview=preview if config.previews else None,
+            )
         # Written as they come: an interruption in a long list keeps what is done.
-        for target, frames_THWC, (prompt, seed) in zip(targets[start:], result.videos, chunk):
+        for target, frames_THWC, (prompt, seed) in zip(names, result.videos, chunk):
             written = write_video(target, frames_THWC, fps)
             more = f" and {len(written) - 1} more" if len(written) > 1 else ""
-            _say(f"{written[0]}{more}  seed {seed}  {prompt}")
+            _say(f"{written[0]}{more}  seed {seed}  {_shortened(prompt)}")
         phases = "  ".join(f"{name} {result.timings[name]:.2f} s" for name in ("text", "dit", "vae"))
         _say(f"{len(chunk)} video(s): {phases}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of network steps on stderr while the block runs, if a person is watching; takes (step just done, steps in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(what, total=None)
+
+        def told(done: int, total: int) -> None:
+            doing = f"{what}: step" if done < total else f"{what}: decoding"
+            progress.update(task, description=doing, completed=done, total=total)
+
+        yield told
 
 
 def _evaluate(request: Request, pipe: TurboPipeline) -> None:
@@ -147,6 +198,7 @@ def _evaluate(request: Request, pipe: TurboPipeline) -> None:
         rows.insert(0, Row("teacher", "teacher", config.teacher_steps or pipe.variant.teacher_steps, [teacher]))
     clips = sample_clips(config.count, config.seed, split="test")
     seeds = list(range(config.seed, config.seed + config.count))
+    frames, height, width = _size(request, pipe.variant)
     result = evaluate(
         pipe,
         rows,
@@ -157,9 +209,9 @@ def _evaluate(request: Request, pipe: TurboPipeline) -> None:
         clips=0,
         latency_repeats=config.repeats,
         progress=_say,
-        frames=config.frames,
-        height=config.height,
-        width=config.width,
+        frames=frames,
+        height=height,
+        width=width,
     )
     print_rows(result.rows)
     _keep(config, {"rows": result.rows, "environment": result.environment})
@@ -170,6 +222,7 @@ def _benchmark(request: Request, pipe: TurboPipeline) -> None:
 
     config = request.config
     given = {"ode": config.ode, "sigma_max": config.sigma_max, "guidance": config.guidance, "shift": config.shift}
+    frames, height, width = _size(request, pipe.variant)
     result = benchmark(
         pipe,
         request.prompts[0],
@@ -179,9 +232,9 @@ def _benchmark(request: Request, pipe: TurboPipeline) -> None:
         warmup=config.warmup,
         seed=config.seed,
         fps=config.fps,
-        frames=config.frames,
-        height=config.height,
-        width=config.width,
+        frames=frames,
+        height=height,
+        width=width,
         **given,
     )
     print_benchmark(result)
@@ -198,9 +251,7 @@ def _benchmark_forward(request: Request) -> None:
     assert variant is not None  # weights=random requires it
     result = benchmark_forward(
         variant,
-        variant.latent_shape(
-            config.frames or variant.frames, config.height or variant.height, config.width or variant.width
-        ),
+        variant.latent_shape(*_size(request, variant)),
         attention_kind="dense" if config.attention_kind == "auto" else config.attention_kind,
         scheme=None if config.scheme == "none" else config.scheme,
         device=resolve_device(config.device),
@@ -214,12 +265,11 @@ def _benchmark_forward(request: Request) -> None:
     _keep(config, result)
 
 
-def output_paths(output: Path, seeds: Sequence[int]) -> list[Path]:
-    """One path a video: `out.mp4` for one, `out-00-seed7.mp4`, `out-01-seed8.mp4`, ... for several."""
-    if len(seeds) == 1:
-        return [output]
-    digits = max(2, len(str(len(seeds) - 1)))
-    return [output.with_name(f"{output.stem}-{i:0{digits}d}-seed{seed}{output.suffix}") for i, seed in enumerate(seeds)]
+def _size(request: Request, variant: Variant) -> tuple[int, int, int]:
+    """Frames, height and width of videos that start from no image."""
+    config = request.config
+    height, width = video_size(variant, config.resolution, config.aspect, config.height, config.width)
+    return config.frames or variant.frames, height, width
 
 
 def _keep(config: InferConfig, result: Any) -> None:
@@ -233,7 +283,13 @@ def _keep(config: InferConfig, result: Any) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    """Prints, whatever the prompt holds and the terminal can show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _shortened(prompt: str) -> str:
+    return textwrap.shorten("".join(c if c.isprintable() else " " for c in prompt), 120, placeholder=" ...")
 
 
 def _report(error: BaseException, status: int, debug: bool) -> int:

@@ -18,7 +18,7 @@ from turbotrain.checkpoint import CheckpointProblem
 from turbotrain.checkpoint.components import PUBLISHED_NAMES, check_component, find_component
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.compose import UsageError
-from turbotrain.infer_config import _cuda_devices, load_request
+from turbotrain.infer_checks import _cuda_devices, load_request
 from turbotrain.inference import main
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant, WanConfig

@@ -136,8 +136,8 @@ def bad_inputs(checkpoint: Path, tmp_path: Path) -> dict[str, tuple[int, list[st
             [good, PROMPT, "steps=many"],
             "steps=many: Value 'many' of type 'str' could not be converted",
         ),
-        "frames": (2, [good, PROMPT, "frames=12"], "frames=12: must be 4n + 1, for example 9 or 13"),
-        "width": (2, [good, PROMPT, "width=60"], "width=60: must be divisible by 8, for example 56 or 64"),
+        "frames": (2, [good, PROMPT, "frames=12"], "frames=12: shapes needs 4 n + 1 frames; nearest are 9 and 13"),
+        "width": (2, [good, PROMPT, "width=60"], "width=60: shapes needs a multiple of 8; nearest are 56 and 64"),
         "empty prompt": (2, [good, "prompt= "], "prompt=' ': empty; say what the video shows"),
         "no prompt": (2, [good], "prompt='': empty"),
         "empty file": (2, [good, "prompts=blank.txt"], "prompts='blank.txt': the file holds no prompt"),
@@ -183,7 +183,7 @@ def test_bad_input_is_answered_at_once(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_a_cuda_device_that_is_not_there(checkpoint: Path, tmp_path: Path) -> None:
-    from turbotrain.infer_config import _cuda_devices
+    from turbotrain.infer_checks import _cuda_devices
 
     if _cuda_devices() != 0:
         pytest.skip("this machine shows a CUDA device")

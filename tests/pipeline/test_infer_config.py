@@ -14,7 +14,8 @@ import pytest
 from tiny import write_checkpoint
 
 from turbotrain.compose import UsageError, compose, configs_folder
-from turbotrain.infer_config import InferConfig, load_request, prepare, probe_writable
+from turbotrain.infer_checks import load_request, probe_writable
+from turbotrain.infer_config import InferConfig, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,7 +60,7 @@ def test_one_seed_is_a_list_of_one() -> None:
 
 def test_checking_imports_nothing_heavy(checkpoint: Path) -> None:
     code = (
-        "import sys; from turbotrain.infer_config import load_request; "
+        "import sys; from turbotrain.infer_checks import load_request; "
         f"load_request(['checkpoint={checkpoint}', 'prompt=x']); "
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'av', 'PIL'} & set(sys.modules); assert not heavy, heavy"
     )
@@ -102,7 +103,7 @@ RANDOM = ["mode=benchmark", "weights=random", "variant=shapes"]
         ([*RANDOM, "prompt=x"], "prompt='x': weights=random reads nothing; leave it out"),
         ([*RANDOM, "scheme=int4"], "scheme='int4': choose one of none, int8_channel"),
         ([*RANDOM, "attention_kind=linear"], "attention_kind='linear': choose one of auto, dense, sla, sage_sla"),
-        ([*RANDOM, "frames=12"], "frames=12: must be 4n"),
+        ([*RANDOM, "frames=12"], "frames=12: shapes needs 4 n"),
         (["prompt=x", "scheme=int8_channel"], "scheme='int8_channel': is for weights=random"),
         (["prompt=x", "weights=none"], "weights='none': choose one of checkpoint, random"),
     ],
