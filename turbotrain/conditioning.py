@@ -113,7 +113,7 @@ def _masked_clip(
     [-1, 1] (between two levels of 8 bits, so the clip is made of floats)."""
     _, length, height, width = shape
     count = (length - 1) * codec.stride[0] + 1
-    first_BCTHW = frames_to_pixels(first_BTHWC, torch.float32)
+    first_BCTHW = frames_to_pixels(first_BTHWC.to(codec.device), codec.vae.dtype)
     clip_BCTHW = F.pad(first_BCTHW, (0, 0, 0, 0, 0, count - 1))
     latent_BCTHW = codec.encode_pixels(clip_BCTHW).to(device)
     mask_BCTHW = torch.zeros(1, MASK_CHANNELS, length, height, width, device=device)

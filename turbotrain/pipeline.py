@@ -58,7 +58,8 @@ class PipelineResult:
     Attributes:
         videos: one uint8 (T', H', W', 3) array a video, in the order of the prompts.
         latents: (B, C, T, H, W) float32, normalised as the network sees them, on the CPU.
-        timings: seconds by phase: `text`, `dit`, `vae`, and `dit_steps`, one number a network step (of the last batch).
+        timings: seconds by phase: `text`, `dit`, `vae` (the image's encoding too), and `dit_steps`, one number a network step (of
+            the last batch).
     """
 
     videos: list[np.ndarray]
@@ -224,7 +225,10 @@ class TurboPipeline:
         with torch.inference_mode():
             self.encode_prompts([*prompts, *([negative] if is_guided else [])])
             timings: dict[str, Any] = {"text": self._clock() - start, "dit": 0.0, "vae": 0.0, "dit_steps": []}
-            conditioning = condition_on_image(self.variant, self.codec, picture, shape, self.components, self.device)
+            with self._phase(timings, "vae"):
+                conditioning = condition_on_image(
+                    self.variant, self.codec, picture, shape, self.components, self.device
+                )
             latents: list[Tensor] = []
             videos: list[np.ndarray] = []
             for rows in _batches(len(prompts), batch_size):

@@ -55,6 +55,11 @@ def test_ti2v_keeps_the_first_latent_clean(pipe: TurboPipeline) -> None:
     first = pipe.codec.encode(torch.from_numpy(picture())[None, None])
     result = pipeline_of(pipe, tiny_variant("ti2v"))(PROMPT, image=picture(), steps=2)
     assert torch.equal(result.latents[:, :, :1], first)
+    # A preview shows it as well, not what the network made of it.
+    previews: list[np.ndarray] = []
+    arguments = {"steps": 2, "preview": lambda *told: previews.append(told[2])}
+    pipeline_of(pipe, tiny_variant("ti2v"))([PROMPT], image=picture(), **arguments)
+    assert np.array_equal(previews[0][0], result.frames[0])
     free = pipeline_of(pipe, tiny_variant("ti2v"))(PROMPT, steps=2)
     assert not torch.equal(free.latents[:, :, :1], first)
     # Attention carries the image to the other frames.

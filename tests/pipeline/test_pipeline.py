@@ -107,11 +107,23 @@ def test_progress_is_told_after_each_step(pipe: TurboPipeline) -> None:
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_previews_are_the_clean_predictions_of_all_steps_but_the_last(pipe: TurboPipeline) -> None:
+    seen: dict[tuple[int, int], np.ndarray] = {}
+    arguments = {"seeds": [4, 5, 6], "steps": 3, "ode": True, "frames": 5}
+    result = pipe(PROMPTS, batch_size=2, preview=lambda *where: seen.update({where[:2]: where[2]}), **arguments)
+    assert sorted(seen) == [(video, step) for video in range(3) for step in (1, 2)]
+    assert np.array_equal(np.stack(result.frames), np.stack(pipe(PROMPTS, batch_size=2, **arguments).frames))
+    for video in range(3):  # each step's prediction is nearer to the result, for random weights too
+        far, near = (np.abs(seen[video, step].astype(float) - result.frames[video]).mean() for step in (1, 2))
+        assert 0 < near < far
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"prompt": " "}, "prompt = .*empty"),
         ({"prompt": []}, "prompt = .*empty"),
+        ({"prompt": "\0"}, "prompt = .*empty"),
         ({"steps": 0}, "steps = 0: the Turbo sampler of this checkpoint takes 1 to 4"),
         ({"steps": 5}, "steps = 5: the Turbo sampler"),
         ({"steps": 0, "mode": "teacher"}, "steps = 0: the teacher sampler takes 1 to 1000"),
