@@ -86,7 +86,9 @@ def check_one_call(
     expected = add_linear_attention(sparse, q, k, v, *projection, feature_map, impl="reference")
     # The branches may cancel; of P, rows are about of length 1.
     assert_like(got, expected, v.abs() + expected.abs().max(), pv)
-    assert together(*(strided_on(x) for x in (q, k, v)))[0].equal(got)
+    # Views change the order in which the linear branch's state is summed.
+    again, _ = together(*(strided_on(x) for x in (q, k, v)))
+    torch.testing.assert_close(again, got, rtol=0.0, atol=4 * torch.finfo(dtype).eps * float(got.abs().max()))
 
 
 def check_accuracy(pv: str, length: int, dim: int, dtype: torch.dtype, device: str) -> None:

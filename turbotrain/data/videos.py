@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from turbotrain.conditioning import scale_and_crop
+from turbotrain.images import cover
 from turbotrain.model.variants import Variant
 
 SAME_ASPECT = 0.01  # aspect ratios this near (in their logarithms) are one
@@ -96,7 +96,7 @@ def read_clip(
             frames: list[np.ndarray] = []
             for picture in _sampled(first, pictures, fps, 1 / rate, choice[0].frames):
                 # A still passage shows one picture many times: scaled once.
-                frames.append(frames[-1] if picture is None else scale_and_crop(picture, height, width))
+                frames.append(frames[-1] if picture is None else cover(picture, height, width))
     except av.FFmpegError as error:
         raise BadVideo(f"{path}: not a readable video ({error.strerror or error})") from error
     fitting = next((bucket for bucket in choice if bucket.frames <= len(frames)), None)
