@@ -19,6 +19,7 @@ from turbotrain.compose import UsageError, compose, recipe_names, recipes_folder
 from turbotrain.model.variants import VARIANTS
 
 STAGES = ("codec", "data", "teacher", "sla", "rcm", "merge", "quantize", "evaluate")
+ENGINES = ("auto", "ddp", "fsdp2")
 ASSET_PREFIX = "asset:"
 
 
@@ -48,6 +49,7 @@ class OptimSection:
     eps: float = 1e-8
     grad_clip: float = 1.0
     warmup_steps: int = 0
+    fused: bool = True  # on a GPU, one kernel for the whole update
     decay: str = "constant"  # or cosine: to zero at the stage's last step
 
 
@@ -88,6 +90,17 @@ class CodecSection:
 
 
 @dataclass
+class GuardSection:
+    """When a step is bad besides loss or gradient not being finite. A bad step is not taken."""
+
+    max_loss: float = 0.0  # times the median of the last 100 good steps; 0: no limit
+    max_grad_norm: float = 0.0
+    rollbacks: int = (
+        0  # how often `max_bad_steps` in a row lead back to the last state and to other data, before training stops
+    )
+
+
+@dataclass
 class LoopSection:
     """What every training stage shares."""
 
@@ -96,7 +109,8 @@ class LoopSection:
     optim: OptimSection = field(default_factory=OptimSection)
     save_every: int = 50
     sample_every: int = 0  # 0: no sample strips while training
-    max_bad_steps: int = 10  # consecutive steps with a non-finite loss or gradient before training stops
+    max_bad_steps: int = 10  # consecutive bad steps before training stops
+    guard: GuardSection = field(default_factory=GuardSection)
 
 
 @dataclass
@@ -144,6 +158,7 @@ class RcmSection:
     save_every: int = 50
     sample_every: int = 0
     max_bad_steps: int = 10
+    guard: GuardSection = field(default_factory=GuardSection)
 
     @property
     def steps(self) -> int:
@@ -198,7 +213,14 @@ class LaunchSection:
     device: str = "auto"  # auto | cpu | cuda
     matmul_precision: str = "highest"  # of float32 products on a GPU: high lets tensor cores round to TF32
     mixed_precision: str = "no"  # bf16: trained networks run under autocast, weights stay float32
+    engine: str = "auto"  # auto: what `accelerate launch` says, else ddp; ddp | fsdp2
+    offload: bool = False  # fsdp2: shards and optimiser states rest in host memory
+    micro_batches: int = (
+        1  # each process's share of a batch in so many parts, one after the other: gradient accumulation
+    )
     activation_checkpointing: bool = False
+    checkpoint_every: int = 1  # with activation_checkpointing: every n-th block; the others keep their activations
+    walltime_minutes: float = 0.0  # save and stop when this process is so old; 0: no limit
     keep_last: int = 2  # training states kept while a stage runs
 
 
@@ -207,6 +229,9 @@ class LoggingSection:
     log_every: int = 10
     trackers: list[str] = field(default_factory=list)  # wandb, tensorboard: through accelerate
     project: str = "turbotrain"
+    profile_steps: list[int] = field(
+        default_factory=list
+    )  # [first, end): torch.profiler's trace of these steps of a launch
 
 
 @dataclass
@@ -292,13 +317,32 @@ def validate(config: Config) -> None:
             "bf16 cannot resolve any step h; use rcm.tangent=jvp or mixed_precision=no",
         )
     _choice("launch.matmul_precision", config.launch.matmul_precision, ("highest", "high"))
-    _at_least("launch.keep_last", config.launch.keep_last, 1)
+    _check_launch(config)
     _at_least("logging.log_every", config.logging.log_every, 1)
     _at_least("seed", config.seed, 0)
     for tracker in config.logging.trackers:
         _choice("logging.trackers", tracker, ("wandb", "tensorboard"))
         if find_spec(tracker) is None:
             reject("logging.trackers", tracker, f"{tracker} is not installed: pip install {tracker}")
+
+
+def _check_launch(config: Config) -> None:
+    launch = config.launch
+    _choice("launch.engine", launch.engine, ENGINES)
+    for name in ("keep_last", "micro_batches", "checkpoint_every"):
+        _at_least(f"launch.{name}", getattr(launch, name), 1)
+    _at_least("launch.walltime_minutes", launch.walltime_minutes, 0)
+    steps = config.logging.profile_steps
+    if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
+        reject("logging.profile_steps", steps, "two step numbers [first, end), for example [10,13]")
+
+
+def _check_guard(name: str, guard: GuardSection) -> None:
+    for limit in ("max_loss", "max_grad_norm"):
+        value = getattr(guard, limit)
+        if value and not value > 1:
+            reject(f"{name}.{limit}", value, "a factor above 1 of the usual value, or 0 for no limit")
+    _at_least(f"{name}.rollbacks", guard.rollbacks, 0)
 
 
 def _check_stages(config: Config) -> None:
@@ -366,6 +410,7 @@ def _check_loop(name: str, loop: LoopSection) -> None:
     _at_least(f"{name}.sample_every", loop.sample_every, 0)
     _at_least(f"{name}.max_bad_steps", loop.max_bad_steps, 1)
     _check_optim(f"{name}.optim", loop.optim)
+    _check_guard(f"{name}.guard", loop.guard)
     if isinstance(loop, TeacherSection | SlaSection):
         _check_times(f"{name}.times", loop.times)
         _between(f"{name}.caption_dropout", loop.caption_dropout, 0, 1)
@@ -420,6 +465,7 @@ def _check_rcm(rcm: RcmSection) -> None:
             reject(f"rcm.{name}", getattr(rcm, name), "a positive factor")
     _at_least("rcm.dcm_grid", rcm.dcm_grid, 2)
     _between("rcm.ema_rate", rcm.ema_rate, 0.01, 0.25)
+    _check_guard("rcm.guard", rcm.guard)
     _check_optim("rcm.optim", rcm.optim)
     _check_optim("rcm.critic_optim", rcm.critic_optim)
     _check_times("rcm.times_cm", rcm.times_cm)

@@ -65,8 +65,9 @@ def run_recipe(config: Config) -> None:
     root = config.run_folder
     _check_writable(root)
 
-    from turbotrain.training.parallel import make_accelerator
+    from turbotrain.training.parallel import choose_engine, make_accelerator
 
+    engine = choose_engine(config.launch, os.environ)
     accelerator = make_accelerator(config)
     with _owned(root, accelerator.is_main_process):
         if accelerator.is_main_process:
@@ -77,7 +78,7 @@ def run_recipe(config: Config) -> None:
                 accelerator.init_trackers(config.logging.project, config=flat, init_kwargs=in_run_folder)
             _warn_of_stale_inputs(config, selected)
         for stage in selected:
-            _run_stage(config, stage, accelerator)
+            _run_stage(config, stage, accelerator, engine)
         if accelerator.is_main_process and status(root / "evaluate") == "done":
             from turbotrain.evaluation.report import write_report
 
@@ -199,7 +200,7 @@ def _field(config: Config, role: str) -> str:
 # ---- one stage -----------------------------------------------------------------------------------------------------
 
 
-def _run_stage(config: Config, stage: str, accelerator: Any) -> None:
+def _run_stage(config: Config, stage: str, accelerator: Any, engine: str) -> None:
     from accelerate.utils import broadcast_object_list
 
     from turbotrain.stages.context import StageContext
@@ -224,7 +225,7 @@ def _run_stage(config: Config, stage: str, accelerator: Any) -> None:
         return
     started = time.perf_counter()
     module = importlib.import_module(f"turbotrain.stages.{stage}")
-    context = StageContext(stage, config, folder, inputs, accelerator)
+    context = StageContext(stage, config, folder, inputs, accelerator, engine)
     results: dict[str, object] = {}
     if spec.every_rank or accelerator.is_main_process:
         with _full_disk_explained(folder):

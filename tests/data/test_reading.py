@@ -54,7 +54,7 @@ def test_memory_and_stream_give_equal_batches(tmp_path: Path) -> None:
     held, read = (LatentDataset(data, Needs(LATENT, max_bad=1), memory) for memory in (1e9, 0))
     assert (held.in_memory, read.in_memory) == (True, False)
     a, b = source(held, 4), source(read, 4)
-    assert all(equal(a.at(step)[0], b.at(step)[0]) for step in range(6))
+    assert all(equal(a.at(step)[0][0], b.at(step)[0][0]) for step in range(6))
     assert b.reader.metrics["bad_samples"] == 1
     assert b.reader.metrics["data_mb_per_s"] > 0
     assert a.reader.metrics.keys() == {"data_wait", "bad_samples"}
@@ -67,13 +67,13 @@ def test_a_stream_goes_on_from_any_step_and_any_number_of_ranks(tmp_path: Path) 
         return LatentDataset(data, Needs(LATENT), 0)
 
     whole = source(stream(), 4)
-    seen = [whole.at(step)[0] for step in range(7)]
+    seen = [whole.at(step)[0][0] for step in range(7)]
     resumed = source(stream(), 4)
     for step in (4, 5, 6, 1, 1):
-        assert equal(resumed.at(step)[0], seen[step])
+        assert equal(resumed.at(step)[0][0], seen[step])
     ranks = [source(stream(), 4, 2, rank) for rank in range(2)]
     for step in (4, 5):
-        parts = [rank.at(step)[0] for rank in ranks]
+        parts = [rank.at(step)[0][0] for rank in ranks]
         assert [prompt for part in parts for prompt in part.prompts] == seen[step].prompts
 
 
@@ -122,7 +122,7 @@ def test_first_frames_are_given_as_often_as_said(tmp_path: Path) -> None:
     config = Config()
     config.data.first_frame = 0.25
     batches = source(LatentDataset(write(tmp_path / "data")), 400, config=config)
-    batch, _ = batches.at(0)
+    batch, _ = batches.at(0)[0]
     clean_BT = batch.conditioning.clean_frames_BT
     assert clean_BT is not None
     assert not clean_BT[:, 1:].any()
@@ -133,7 +133,7 @@ def test_first_frames_are_given_as_often_as_said(tmp_path: Path) -> None:
         batch.conditioning.restore(torch.zeros_like(batch.latent_BCTHW))[clean_BT[:, 0], :, 0],
         batch.latent_BCTHW[clean_BT[:, 0], :, 0],
     )
-    assert source(LatentDataset(tmp_path / "data"), 2).at(0)[0].loss_mask is None
+    assert source(LatentDataset(tmp_path / "data"), 2).at(0)[0][0].loss_mask is None
 
 
 # ---- several shapes -------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_mixed_shapes_must_be_asked_for(tmp_path: Path) -> None:
 def test_every_batch_has_one_shape(memory: float, tmp_path: Path) -> None:
     data = mixed(tmp_path)
     batches = source(LatentDataset(data, Needs(SHAPES[0], mixed=True), memory), 2)
-    seen = Counter(batches.at(step)[0].latent_shape for step in range(80))
+    seen = Counter(batches.at(step)[0][0].latent_shape for step in range(80))
     # 9, 5 and 2 samples fill 4, 2 and 1 batches of two: a round of seven, of which 80 steps hold eleven and a part.
     assert all(11 * weight <= seen[shape] <= 12 * weight for shape, weight in zip(SHAPES, (4, 2, 1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -96,6 +99,25 @@ def arguments(world: World, output: Path, *more: str) -> list[str]:
 def train_here(*overrides: str) -> int:
     """The exit status of `train.py` with these overrides, in this process."""
     return train_main(list(overrides))
+
+
+def train_on(processes: int, *overrides: str) -> None:
+    """`train_here` on several processes, forked: a second instead of the fifteen of a launch. Raises if one fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_one_of, args=(processes, port, list(overrides)), nprocs=processes, start_method="fork")
+
+
+def _one_of(rank: int, processes: int, port: int, overrides: list[str]) -> None:
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in {**ranks, **where}.items()})
+    status = train_here(*overrides)
+    if status:
+        raise SystemExit(status)
 
 
 def command(overrides: list[str], processes: int = 1) -> list[str]:

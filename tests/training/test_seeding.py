@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from turbotrain.config import Config, OptimSection, TimeSection
+from turbotrain.config import Config, LaunchSection, OptimSection, TimeSection
 from turbotrain.data.latents import LatentDataset
 from turbotrain.data.writing import Sample, write_shards
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
@@ -77,14 +77,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
     return LatentDataset(folder)
 
 
-def source(dataset: LatentDataset, batch: int, processes: int = 1, rank: int = 0) -> BatchSource:
+def source(
+    dataset: LatentDataset, batch: int, processes: int = 1, rank: int = 0, micro_batches: int = 1
+) -> BatchSource:
     accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device=CPU)
-    context = StageContext("sla", Config(), Path("unused"), {}, cast(Any, accelerator))
+    config = Config(launch=LaunchSection(micro_batches=micro_batches))
+    context = StageContext("sla", config, Path("unused"), {}, cast(Any, accelerator))
     return BatchSource(context, dataset, batch)
 
 
 def prompts(batches: BatchSource, steps: int) -> list[str]:
-    return [prompt for step in range(steps) for prompt in batches.at(step)[0].prompts]
+    return [prompt for step in range(steps) for prompt in batches.at(step)[0][0].prompts]
 
 
 def test_every_epoch_draws_every_sample_once(dataset: LatentDataset) -> None:
@@ -102,17 +105,26 @@ def test_a_batch_larger_than_the_data_spans_epochs(dataset: LatentDataset) -> No
 
 def test_any_step_can_come_first(dataset: LatentDataset) -> None:
     batches = source(dataset, 3)
-    later = batches.at(9)[0].prompts
-    assert source(dataset, 3).at(9)[0].prompts == later
-    assert batches.at(0)[0].prompts == source(dataset, 3).at(0)[0].prompts
+    later = batches.at(9)[0][0].prompts
+    assert source(dataset, 3).at(9)[0][0].prompts == later
+    assert batches.at(0)[0][0].prompts == source(dataset, 3).at(0)[0][0].prompts
 
 
 def test_ranks_share_the_global_batch(dataset: LatentDataset) -> None:
-    whole = source(dataset, 4).at(5)
-    parts = [source(dataset, 4, 2, rank).at(5) for rank in range(2)]
+    whole = source(dataset, 4).at(5)[0]
+    parts = [source(dataset, 4, 2, rank).at(5)[0] for rank in range(2)]
     assert [p for batch, _ in parts for p in batch.prompts] == whole[0].prompts
     assert torch.equal(torch.cat([batch.latent_BCTHW for batch, _ in parts]), whole[0].latent_BCTHW)
     assert torch.equal(torch.cat([random.uniform("t") for _, random in parts]), whole[1].uniform("t"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_micro_batches_are_consecutive_parts_of_a_ranks_share(dataset: LatentDataset, ranks: int) -> None:
+    whole = source(dataset, 8).at(5)[0]
+    parts = [part for rank in range(ranks) for part in source(dataset, 8, ranks, rank, micro_batches=4 // ranks).at(5)]
+    assert [len(batch.prompts) for batch, _ in parts] == [2] * 4
+    assert torch.equal(torch.cat([batch.latent_BCTHW for batch, _ in parts]), whole[0].latent_BCTHW)
+    assert torch.equal(torch.cat([random.normal("n", (3,)) for _, random in parts]), whole[1].normal("n", (3,)))
 
 
 def test_a_batch_that_does_not_divide_is_refused(dataset: LatentDataset) -> None:
@@ -120,11 +132,13 @@ def test_a_batch_that_does_not_divide_is_refused(dataset: LatentDataset) -> None
         ValueError, match=r"sla\.batch_size=5: must divide by the number of processes, 2; for example 4"
     ):
         source(dataset, 5, processes=2)
+    with pytest.raises(ValueError, match=r"number of processes, 2, times launch\.micro_batches=2; for example 4"):
+        source(dataset, 6, processes=2, micro_batches=2)
 
 
 def test_captions_are_dropped_as_often_as_said(dataset: LatentDataset) -> None:
     batches = source(dataset, 2000)
-    batch, random = batches.at(0)
+    batch, random = batches.at(0)[0]
     text = drop_captions(batch, dataset.negative_LD, 0.25, random)
     dropped = (text == -1).flatten()
     assert abs(dropped.double().mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 2000)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from turbotrain.config import OptimSection
-from turbotrain.training.loop import LoopSettings, StepLoss
+from turbotrain.config import GuardSection, OptimSection
+from turbotrain.training.loop import LoopSettings, Plan, Term
 from turbotrain.training.optim import learning_rate, make_optimizer
-from turbotrain.training.parallel import Role
+from turbotrain.training.pieces import Piece
+from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom
 
 
@@ -30,31 +31,55 @@ def line_role(name: str = "line", optim: OptimSection | None = None, steps: int 
 
 
 class LineTask:
-    """Two lines trained in turn; `spoil(step, loss)` may replace a loss."""
+    """Two lines trained in turn, in `parts` micro-batches; `spoil(step, loss)` may replace a loss."""
 
-    def __init__(self, spoil: Callable[[int, Tensor], Tensor] = lambda step, loss: loss) -> None:
+    def __init__(self, spoil: Callable[[int, Tensor], Tensor] = lambda step, loss: loss, parts: int = 1) -> None:
         self.roles = {"even": line_role("even"), "odd": line_role("odd")}
         self.spoil = spoil
+        self.parts = parts
         self.counted = torch.zeros(())
+        self.draws: list[int] = []
 
-    def loss(self, step: int) -> StepLoss:
-        random = StepRandom(7, step, 4, range(4), torch.device("cpu"))
+    def plan(self, step: int, draw: int) -> Plan:
+        self.draws.append(draw)
+        random = StepRandom(7, draw, 4, range(4), torch.device("cpu"))
         role = self.roles["odd" if step % 2 else "even"]
-        loss = (role.module(random.normal("x", (3,))) - 1).square().mean()
-        return StepLoss(role.name, self.spoil(step, loss), {"step_twice": 2.0 * step})
+
+        def term(points: Tensor) -> Term:
+            loss = (role.module(points) - 1).square().mean()
+            return Term(self.spoil(step, loss), {"step_twice": 2.0 * step})
+
+        points = random.normal("x", (3,)).chunk(self.parts)
+        return Plan(role.name, [lambda x=x: term(x) for x in points], self.parts)
 
     def updated(self, role: Role) -> None:
-        self.counted = self.counted + 1
+        self.counted += 1
 
-    def extra_state(self) -> dict[str, Tensor]:
-        return {"counted": self.counted}
-
-    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.counted = tensors["counted"]
+    def extra_pieces(self) -> list[Piece]:
+        return [Piece("counted", self.counted, ())]
 
 
-def settings(steps: int = 10, save_every: int = 3, max_bad_steps: int = 3, sample_every: int = 0) -> LoopSettings:
-    return LoopSettings("line", steps, save_every, sample_every, max_bad_steps, log_every=100, keep_last=2)
+def settings(
+    steps: int = 10,
+    save_every: int = 3,
+    max_bad_steps: int = 3,
+    sample_every: int = 0,
+    guard: GuardSection | None = None,
+    walltime_minutes: float = 0.0,
+    profile_steps: tuple[int, ...] = (),
+) -> LoopSettings:
+    return LoopSettings(
+        "line",
+        steps,
+        save_every,
+        sample_every,
+        max_bad_steps,
+        log_every=100,
+        keep_last=2,
+        guard=guard or GuardSection(),
+        walltime_minutes=walltime_minutes,
+        profile_steps=profile_steps,
+    )
 
 
 def state(task: LineTask) -> dict[str, Tensor]:

@@ -208,10 +208,11 @@ class WanTransformer(nn.Module):
         self.attention_config = attention
         return self
 
-    def enable_activation_checkpointing(self, enabled: bool = True) -> WanTransformer:
-        """Recompute each block in the backward pass instead of storing its activations."""
-        for block in self.blocks:
-            setattr(block, "checkpointed", enabled)  # noqa: B010 (typed access fails on ModuleList items)
+    def enable_activation_checkpointing(self, enabled: bool = True, every: int = 1) -> WanTransformer:
+        """Recompute each block, or every n-th, in the backward pass instead of storing its activations."""
+        for index, block in enumerate(self.blocks):
+            checkpointed = enabled and index % every == 0
+            setattr(block, "checkpointed", checkpointed)  # noqa: B010 (typed access fails on ModuleList items)
         return self
 
     def forward(

@@ -112,7 +112,9 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
     None where nothing is to be sampled, or the recipe has no codec to decode with.
     """
     section = getattr(context.config, context.name)
-    if not section.sample_every or "codec" not in context.inputs or not context.accelerator.is_main_process:
+    # A pass of a sharded network takes every process; otherwise the first samples while the others wait.
+    takes_part = context.accelerator.is_main_process or context.engine == "fsdp2"
+    if not section.sample_every or "codec" not in context.inputs or not takes_part:
         return None
     meta = CheckpointMeta(sampler=sampler_settings(context.config))
     pipe = make_pipeline(context, network, meta)
@@ -127,6 +129,8 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
         how: dict[str, Any] = settings if mode == "teacher" else {"steps": 4}
         result = pipe(prompts, mode=mode, seed=0, width=data.width, height=data.height, frames=data.frames, **how)
         network.train(was_training)
+        if not context.accelerator.is_main_process:
+            return
         folder = context.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / f"step_{done:08d}.png", png_bytes(contact_sheet(result.videos)))

@@ -5,6 +5,7 @@ Legend: B batch, C channels, T latent frames, H, W latent height and width, L te
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +17,19 @@ from torch import Tensor
 
 from turbotrain.checkpoint.io import load_transformer
 from turbotrain.checkpoint.layouts import describe
-from turbotrain.config import Config, LoopSection, RcmSection, TimeSection
+from turbotrain.config import Config, LoopSection, OptimSection, RcmSection, TimeSection
 from turbotrain.data.latents import Batch, LatentDataset
 from turbotrain.data.shards import needs_of
 from turbotrain.diffusion.times import sample_lognormal, sample_uniform_shift
+from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.loading import BatchReader
+from turbotrain.training.flops import forward_flops
 from turbotrain.training.loop import LoopSettings
+from turbotrain.training.meter import Work
+from turbotrain.training.parallel import make_frozen, make_role
+from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom, derive_seed
 
 
@@ -36,6 +42,7 @@ class StageContext:
     folder: Path
     inputs: Mapping[str, Path]
     accelerator: Accelerator
+    engine: str = "ddp"
 
     @property
     def checkpoint(self) -> Path:
@@ -59,10 +66,6 @@ class StageContext:
     def seed(self) -> int:
         """The stage's own root of randomness: two stages of a run do not share noise."""
         return derive_seed(self.config.seed, self.name)
-
-    @property
-    def checkpointing(self) -> bool:
-        return self.config.launch.activation_checkpointing
 
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -91,6 +94,23 @@ class StageContext:
             )
         return network
 
+    def role(self, name: str, network: WanTransformer, optim: OptimSection, updates: int) -> Role:
+        """`network` as this launch trains it, with `updates` updates to come."""
+        return make_role(self.accelerator, self.config.launch, self.engine, name, network, optim, updates)
+
+    def frozen(self, role: str) -> WanTransformer:
+        """The network of one input as this launch asks it: never trained."""
+        return make_frozen(self.accelerator, self.config.launch, self.engine, self.load(role))
+
+    def work(self, batch_size: int, passes: Mapping[AttentionConfig, float]) -> Work:
+        """What a step has to do that takes `passes` forward passes (a backward pass counts as two) with each attention."""
+        grid = self.latent_shape[1:]
+        per_sample = sum(
+            count * forward_flops(self.variant.config, attention, grid) for attention, count in passes.items()
+        )
+        tokens = math.prod(n // p for n, p in zip(grid, self.variant.config.patch_size))
+        return Work(tokens * batch_size, per_sample * batch_size)
+
     def loop_settings(self, section: LoopSection | RcmSection) -> LoopSettings:
         return LoopSettings(
             title=self.name,
@@ -100,6 +120,9 @@ class StageContext:
             max_bad_steps=section.max_bad_steps,
             log_every=self.config.logging.log_every,
             keep_last=self.config.launch.keep_last,
+            guard=section.guard,
+            walltime_minutes=self.config.launch.walltime_minutes,
+            profile_steps=self.config.logging.profile_steps,
         )
 
 
@@ -108,25 +131,32 @@ class BatchSource:
 
     def __init__(self, context: StageContext, dataset: LatentDataset, batch_size: int) -> None:
         processes = context.accelerator.num_processes
-        if batch_size % processes:
+        self.micro_batches = context.config.launch.micro_batches
+        parts = processes * self.micro_batches
+        if batch_size % parts:
+            what = f"the number of processes, {processes}"
+            if self.micro_batches > 1:
+                what += f", times launch.micro_batches={self.micro_batches}"
             raise ValueError(
-                f"{context.name}.batch_size={batch_size}: must divide by the number of processes, {processes}; "
-                f"for example {max(1, batch_size // processes) * processes}"
+                f"{context.name}.batch_size={batch_size}: must divide by {what}; for example "
+                f"{max(1, batch_size // parts) * parts}"
             )
         self.dataset = dataset
         self.seed = context.seed
         self.device = context.device
         self.batch_size = batch_size
         self.first_frame = context.config.data.first_frame
-        share = batch_size // processes
-        self.positions = range(
-            context.accelerator.process_index * share, (context.accelerator.process_index + 1) * share
-        )
-        self.reader = BatchReader(dataset, self.seed, batch_size, [self.positions])
+        size = batch_size // parts
+        first = context.accelerator.process_index * self.micro_batches
+        self.positions = [range(part * size, (part + 1) * size) for part in range(first, first + self.micro_batches)]
+        self.reader = BatchReader(dataset, self.seed, batch_size, self.positions)
 
-    def at(self, step: int) -> tuple[Batch, StepRandom]:
-        (batch,) = self.reader.at(step)
-        random = StepRandom(self.seed, step, self.batch_size, self.positions, self.device)
+    def at(self, draw: int) -> list[tuple[Batch, StepRandom]]:
+        """The micro-batches of this rank at one step, each with its randomness."""
+        return [self._with_random(draw, *part) for part in zip(self.reader.at(draw), self.positions)]
+
+    def _with_random(self, draw: int, batch: Batch, positions: range) -> tuple[Batch, StepRandom]:
+        random = StepRandom(self.seed, draw, self.batch_size, positions, self.device)
         if self.first_frame:
             batch = batch.with_first_frame(random.uniform("first_frame") < self.first_frame)
         return batch, random

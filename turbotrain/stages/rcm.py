@@ -6,7 +6,7 @@ comes every `student_update_freq` iterations and the critic trains on the others
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from turbotrain.diffusion.times import rf_to_trig
 from turbotrain.diffusion.velocity import Velocity, bind
 from turbotrain.losses import LossOutput, backward_simulation, critic, dcm, dmd, scm
 from turbotrain.losses.consistency import TangentForm, TangentMethod
+from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import (
     attention_config,
@@ -28,9 +29,12 @@ from turbotrain.stages.artifacts import (
 )
 from turbotrain.stages.context import BatchSource, StageContext, draw_times
 from turbotrain.training.ema import PowerEMA
-from turbotrain.training.loop import StepLoss, train
-from turbotrain.training.parallel import Role, make_role
+from turbotrain.training.loop import Plan, Term, train
+from turbotrain.training.meter import Work
+from turbotrain.training.pieces import Piece, beside
+from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom
+from turbotrain.training.state import saved_tensors
 
 SIMULATION_STEPS = 4
 
@@ -41,41 +45,44 @@ class RcmTask:
         self.section = section
         self.sampler = context.config.sampler
         self.source = BatchSource(context, context.dataset(), section.batch_size)
-        self.teacher = context.load("teacher", context.device)
-        self.teacher.requires_grad_(False)
+        self.teacher = context.frozen("teacher")
         self.network = student_network(context)
-        student = make_role(
-            context.accelerator, "student", self.network, section.optim, section.steps, context.checkpointing
-        )
-        self.roles = {"student": student}
-        self.average = PowerEMA(self.network, rate=section.ema_rate)
+        self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
+        self.average = PowerEMA(self.roles["student"].weights(), rate=section.ema_rate)
         if any(phase.dmd for phase in section.phases):
             fake = context.load("teacher")
-            self.roles["critic"] = make_role(
-                context.accelerator, "critic", fake, section.critic_optim, section.steps, context.checkpointing
-            )
+            self.roles["critic"] = context.role("critic", fake, section.critic_optim, section.steps)
+        self.work = StepWork(context, self.network.attention_config)
 
-    def loss(self, step: int) -> StepLoss:
+    def plan(self, step: int, draw: int) -> Plan:
+        """One loss at a time: the consistency term's graph is gone when the score term's begins."""
         phase, dmd_step = self._phase(step)
-        batch, random = self.source.at(step)
-        student = bind(self.roles["student"].module, batch.embed_BLD)
+        parts = self.source.at(draw)
         if dmd_step is not None and (dmd_step + 1) % self.section.student_update_freq:
-            out = self._critic_loss(batch, random, student)
-            return StepLoss("critic", out.loss, {"critic": out.loss.detach(), **self.source.reader.metrics})
-        terms: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor | float] = {**self.source.reader.metrics}
-        if phase.cm != "none":
-            out = self._consistency_loss(phase, step, batch, random, student)
-            # With every sample dropped nothing is learnt: a bad step, not one whose loss happens to be zero.
-            lost = int(out.metrics.get("dropped", 0)) == len(batch.prompts)
-            terms[phase.cm] = out.loss * float("nan") if lost else out.loss
-            metrics.update(out.metrics)
-        if dmd_step is not None:
-            out = self._score_loss(batch, random, student)
-            terms["dmd"] = out.loss
-            metrics.update(out.metrics)
-        metrics.update({name: term.detach() for name, term in terms.items()})
-        return StepLoss("student", torch.stack(list(terms.values())).sum(), metrics)
+            terms = [partial(self._critic_term, *part) for part in parts]
+            return Plan("critic", terms, len(parts), self.source.reader.metrics, self.work.critic())
+        terms = []
+        for part in parts:
+            if phase.cm != "none":
+                terms.append(partial(self._consistency_term, phase, step, *part))
+            if dmd_step is not None:
+                terms.append(partial(self._score_term, *part))
+        work = self.work.student(phase.cm, dmd_step is not None)
+        return Plan("student", terms, len(parts), self.source.reader.metrics, work)
+
+    def _consistency_term(self, phase: PhaseSection, step: int, batch: Batch, random: StepRandom) -> Term:
+        out = self._consistency_loss(phase, step, batch, random, bind(self.roles["student"].module, batch.embed_BLD))
+        # With every sample dropped nothing is learnt: a bad step, not one whose loss happens to be zero.
+        lost = out.metrics["dropped"] / len(batch.prompts) if "dropped" in out.metrics else 0.0
+        return Term(out.loss, {phase.cm: out.loss.detach(), **out.metrics}, lost)
+
+    def _score_term(self, batch: Batch, random: StepRandom) -> Term:
+        out = self._score_loss(batch, random, bind(self.roles["student"].module, batch.embed_BLD))
+        return Term(out.loss, {"dmd": out.loss.detach(), **out.metrics})
+
+    def _critic_term(self, batch: Batch, random: StepRandom) -> Term:
+        out = self._critic_loss(batch, random, bind(self.roles["student"].network, batch.embed_BLD))
+        return Term(out.loss, {"critic": out.loss.detach()})
 
     def _phase(self, step: int) -> tuple[PhaseSection, int | None]:
         """The phase of a step, and how many steps its score term has run (None: not in this step)."""
@@ -153,13 +160,35 @@ class RcmTask:
 
     def updated(self, role: Role) -> None:
         if role.name == "student":
-            self.average.update(role.network, role.updates)
+            self.average.update(role.weights(), role.updates)
 
-    def extra_state(self) -> dict[str, Tensor]:
-        return self.average.state_dict()
+    def extra_pieces(self) -> list[Piece]:
+        return beside("average/", self.average.shadow, self.roles["student"].held())
 
-    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.average.load_state_dict(tensors)
+
+class StepWork:
+    """What each kind of step has to do, in forward passes (forward and backward: three). The teacher answers twice, with and
+    without the prompt; the student's tangent costs one pass more; simulated samples take 0 to 3 passes before the last."""
+
+    def __init__(self, context: StageContext, attention: AttentionConfig) -> None:
+        self.context, self.attention = context, attention
+        self.teacher = 1.0 if context.config.rcm.guidance == 1 else 2.0
+
+    def student(self, cm: str, dmd: bool) -> Work:
+        passes = {"scm": 4.0, "dcm": 4.0, "none": 0.0}[cm]
+        dense = self.teacher if cm != "none" else 0.0
+        if dmd:
+            passes += 3.0 + (SIMULATION_STEPS - 1) / 2
+            dense += self.teacher + 1.0
+        return self._work(passes, dense)
+
+    def critic(self) -> Work:
+        return self._work(1.0 + (SIMULATION_STEPS - 1) / 2, 3.0)
+
+    def _work(self, student: float, dense: float) -> Work:
+        passes = {AttentionConfig(): dense}
+        passes[self.attention] = passes.get(self.attention, 0.0) + student
+        return self.context.work(self.context.config.rcm.batch_size, passes)
 
 
 def student_network(context: StageContext) -> WanTransformer:
@@ -178,5 +207,6 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.rcm)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="turbo"))
     if context.accelerator.is_main_process:
-        write_model(context, task.average.network_state(), task.network, sampler=sampler_settings(context.config))
+        average = saved_tensors(context.folder / "state", "average/")
+        write_model(context, average, task.network, sampler=sampler_settings(context.config))
     return {"updates": {name: role.updates for name, role in task.roles.items()}}

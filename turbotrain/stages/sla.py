@@ -5,16 +5,19 @@ White-box (default): match the dense teacher's velocity at equal inputs, conditi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 
-from torch import Tensor
-
+from turbotrain.data.latents import Batch
 from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching, sla_alignment
+from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.stages.artifacts import attention_config, sample_strips, write_model
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
-from turbotrain.training.loop import StepLoss, train
-from turbotrain.training.parallel import Role, make_role
+from turbotrain.training.loop import Plan, Term, train
+from turbotrain.training.pieces import Piece
+from turbotrain.training.roles import Role
+from turbotrain.training.seeding import StepRandom
+from turbotrain.training.state import saved_tensors
 
 
 class SlaTask:
@@ -24,16 +27,19 @@ class SlaTask:
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = context.load("teacher")
         self.network.set_attention(attention_config(context.config))
-        self.teacher = context.load("teacher", context.device)
-        self.teacher.requires_grad_(False)
-        self.roles = {
-            "student": make_role(
-                context.accelerator, "student", self.network, section.optim, section.steps, context.checkpointing
-            )
-        }
+        self.teacher = context.frozen("teacher")
+        self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
+        passes = {self.network.attention_config: 3.0}
+        if section.objective == "white_box":
+            passes[AttentionConfig()] = 1.0
+        self.work = context.work(section.batch_size, passes)
 
-    def loss(self, step: int) -> StepLoss:
-        batch, random = self.source.at(step)
+    def plan(self, step: int, draw: int) -> Plan:
+        parts = self.source.at(draw)
+        terms = [partial(self._loss, *part) for part in parts]
+        return Plan("student", terms, len(parts), self.source.reader.metrics, self.work)
+
+    def _loss(self, batch: Batch, random: StepRandom) -> Term:
         x0 = batch.latent_BCTHW
         noise = random.normal("noise", x0.shape[1:])
         s = draw_times(self.section.times, random, "times")
@@ -43,16 +49,13 @@ class SlaTask:
             out = sla_alignment(student, bind(self.teacher, text), x0, noise, s)
         else:
             out = flow_matching(student, x0, noise, s)
-        return StepLoss("student", out.loss, {**out.metrics, **self.source.reader.metrics})
+        return Term(out.loss, out.metrics)
 
     def updated(self, role: Role) -> None:
         """SLA training keeps no average: its loss is a regression with a fixed target."""
 
-    def extra_state(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
+    def extra_pieces(self) -> list[Piece]:
+        return []
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -60,5 +63,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.sla)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="teacher"))
     if context.accelerator.is_main_process:
-        write_model(context, task.network.state_dict(), task.network)
+        write_model(context, saved_tensors(context.folder / "state", "student/weight/"), task.network)
     return {}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 
 import torch
-from torch import Tensor
 
+from turbotrain.data.latents import Batch
 from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import sample_strips, write_model
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
 from turbotrain.training.ema import PowerEMA
-from turbotrain.training.loop import StepLoss, train
-from turbotrain.training.parallel import Role, capture, make_role
-from turbotrain.training.seeding import derive_seed
+from turbotrain.training.loop import Plan, Term, train
+from turbotrain.training.parallel import capture
+from turbotrain.training.pieces import Piece, beside
+from turbotrain.training.roles import Role
+from turbotrain.training.seeding import StepRandom, derive_seed
+from turbotrain.training.state import saved_tensors
 
 
 class TeacherTask:
@@ -25,32 +28,33 @@ class TeacherTask:
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = initial_network(context)
         if section.cuda_graph and context.device.type == "cuda":
-            batch, _ = self.source.at(0)
+            batch, _ = self.source.at(0)[0]
             times = torch.zeros(len(batch.prompts), dtype=torch.float64, device=context.device)
             inputs = (batch.latent_BCTHW, times, batch.embed_BLD)
-            capture(self.network.to(context.device), inputs, context.accelerator)
-        role = make_role(
-            context.accelerator, "teacher", self.network, section.optim, section.steps, context.checkpointing
-        )
+            mixed = context.config.launch.mixed_precision == "bf16"
+            capture(self.network.to(context.device), inputs, mixed)
+        role = context.role("teacher", self.network, section.optim, section.steps)
         self.roles = {"teacher": role}
-        self.average = PowerEMA(self.network, rate=section.ema_rate)
+        self.average = PowerEMA(role.weights(), rate=section.ema_rate)
+        self.work = context.work(section.batch_size, {self.network.attention_config: 3.0})
 
-    def loss(self, step: int) -> StepLoss:
-        batch, random = self.source.at(step)
+    def plan(self, step: int, draw: int) -> Plan:
+        parts = self.source.at(draw)
+        terms = [partial(self._loss, *part) for part in parts]
+        return Plan("teacher", terms, len(parts), self.source.reader.metrics, self.work)
+
+    def _loss(self, batch: Batch, random: StepRandom) -> Term:
         noise = random.normal("noise", batch.latent_BCTHW.shape[1:])
         s = draw_times(self.section.times, random, "times")
         text = drop_captions(batch, self.source.dataset.negative_LD, self.section.caption_dropout, random)
         out = flow_matching(bind(self.roles["teacher"].module, text), batch.latent_BCTHW, noise, s)
-        return StepLoss("teacher", out.loss, {**out.metrics, **self.source.reader.metrics})
+        return Term(out.loss, out.metrics)
 
     def updated(self, role: Role) -> None:
-        self.average.update(role.network, role.updates)
+        self.average.update(role.weights(), role.updates)
 
-    def extra_state(self) -> dict[str, Tensor]:
-        return self.average.state_dict()
-
-    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.average.load_state_dict(tensors)
+    def extra_pieces(self) -> list[Piece]:
+        return beside("average/", self.average.shadow, self.roles["teacher"].held())
 
 
 def initial_network(context: StageContext) -> WanTransformer:
@@ -66,5 +70,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.teacher)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="teacher"))
     if context.accelerator.is_main_process:
-        write_model(context, task.average.network_state(), task.network)
+        write_model(context, saved_tensors(context.folder / "state", "average/"), task.network)
     return {"parameters": sum(p.numel() for p in task.network.parameters())}

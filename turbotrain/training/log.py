@@ -48,6 +48,14 @@ class StageLog:
         if self.bar:
             self.bar.stop()
 
+    def rewind(self, step: int, why: str) -> None:
+        """Forget the lines from `step` on, which will be written again, and say why."""
+        if self.main:
+            self.file.close()
+            truncate_metrics(self.path, step)
+            self.file = self.path.open("a")
+            print(f"{self.title}: {why}", flush=True)
+
     def record(self, step: int, values: Mapping[str, float | str]) -> None:
         """Write one line of metrics.jsonl for `step`; show every `every`-th."""
         if not self.main:

@@ -1,53 +1,73 @@
 """The training loop of every stage: it reads from top to bottom, and knows nothing of what is trained.
 
-A `Task` (one per stage) answers which network the step updates and with which loss; the loop updates it, guards it, logs it
-and saves it. Everything random derives from (seed, step), so a loop that was killed and restarted ends with the same weights.
+A `Task` (one per stage) plans which network a step updates and with which losses; the loop takes their gradients one after the
+other, judges the step, takes it, logs it and saves it. Everything random derives from (seed, step), so a loop that was
+killed and restarted ends with the same weights.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from turbotrain.config import GuardSection
+from turbotrain.training.guard import Guard
+from turbotrain.training.interrupt import Interruption, Stopped
 from turbotrain.training.log import StageLog
-from turbotrain.training.parallel import Role, update
-from turbotrain.training.state import load_state, save_state
+from turbotrain.training.meter import Meter, Work
+from turbotrain.training.pieces import Piece
+from turbotrain.training.profile import profiled
+from turbotrain.training.roles import Role
+from turbotrain.training.state import StateWriter, read_state
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row gave a loss or gradient that is not finite; the last good state is on disk."""
+    """Too many bad steps in a row; the last good state is on disk."""
 
 
 @dataclass(frozen=True)
-class StepLoss:
-    """What a task wants done at one step: `role`'s network updated by the gradient of `loss`, `metrics` logged."""
+class Term:
+    """One loss of a step. lost: the share of its samples that teach nothing (a step that loses all is not taken)."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+    lost: Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a task wants done at one step: `role`'s network updated by the mean over the micro-batches of the sum of losses.
+
+    terms: the losses of all micro-batches. Each is computed only when the graph of the one before it is gone.
+    """
 
     role: str
-    loss: Tensor
-    metrics: Mapping[str, Tensor | float]
+    terms: Sequence[Callable[[], Term]]
+    micro_batches: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
 
 class Task(Protocol):
     @property
     def roles(self) -> Mapping[str, Role]: ...
 
-    def loss(self, step: int) -> StepLoss: ...
+    def plan(self, step: int, draw: int) -> Plan:
+        """step: where training is. draw: which data and noise to take, equal to the step until a roll-back."""
+        ...
 
     def updated(self, role: Role) -> None:
         """Called after a network was updated (averages)."""
 
-    def extra_state(self) -> dict[str, Tensor]:
+    def extra_pieces(self) -> list[Piece]:
         """What besides the roles must survive an interruption."""
         ...
-
-    def load_extra_state(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -59,6 +79,34 @@ class LoopSettings:
     max_bad_steps: int
     log_every: int
     keep_last: int
+    guard: GuardSection = field(default_factory=GuardSection)
+    walltime_minutes: float = 0.0
+    profile_steps: Sequence[int] = ()
+
+
+@dataclass
+class Progress:
+    """Where a loop is: besides tensors, all that its states hold."""
+
+    guard: Guard
+    step: int = 0
+    detours: int = 0
+
+    def counters(self, roles: Mapping[str, Role]) -> dict[str, Any]:
+        updates = {name: role.updates for name, role in roles.items()}
+        return {"updates": updates, "detours": self.detours, "guard": self.guard.state()}
+
+    def restore(self, states: Path, task: Task) -> bool:
+        """From the newest state; False and unchanged if there is none."""
+        found = read_state(states, _pieces(task))
+        if found is None:
+            return False
+        self.step, self.detours = found["step"], found["detours"]
+        self.guard.load(found["guard"])
+        for name, role in task.roles.items():
+            role.updates = found["updates"][name]
+            role.restored()
+        return True
 
 
 def train(
@@ -68,57 +116,120 @@ def train(
     accelerator: Accelerator,
     sample: Callable[[int], None] | None = None,
 ) -> None:
-    """Run `settings.steps` steps of `task`, continuing from the newest state under `folder/state`.
+    """Run `settings.steps` steps of `task`, continuing from the newest state under `folder/state`, where the last one stays.
 
     Args:
-        sample: called with the number of finished steps every `sample_every`, on rank 0.
+        sample: called with the number of finished steps every `sample_every`.
 
     Raises:
-        TrainingDiverged: `max_bad_steps` steps in a row were not finite; weights of the last finite step are saved.
+        TrainingDiverged: `max_bad_steps` bad steps in a row (after as many roll-backs as allowed); the last good state is saved.
+        Stopped: a signal or the walltime ended it; the state is saved.
     """
     states = folder / "state"
-    start, extra = load_state(states, task.roles, accelerator.device)
-    if extra:
-        task.load_extra_state(extra)
-    saved = start
-    bad = 0
+    writer = StateWriter(states, settings.keep_last)
+    at = Progress(Guard(settings.guard))
+    at.restore(states, task)
+    bad, saved = 0, at.step
 
-    def save(done: int) -> None:
+    def save() -> None:
         nonlocal saved
-        if accelerator.is_main_process and done != saved:
-            save_state(states, done, task.roles, task.extra_state(), settings.keep_last)
-        saved = done
+        if at.step != saved:
+            writer.save(at.step, _pieces(task), at.counters(task.roles))
+            saved = at.step
+
+    def settle() -> None:
+        """Until the last state is on disk for everybody."""
+        writer.wait()
         accelerator.wait_for_everyone()
 
-    with StageLog(folder, settings.title, settings.steps, start, settings.log_every, accelerator) as log:
-        for step in range(start, settings.steps):
-            began = time.perf_counter()
-            wanted = task.loss(step)
-            role = task.roles[wanted.role]
-            norm, finite = update(accelerator, role, wanted.loss)
-            if finite:
+    meter = Meter(accelerator.device)
+    with (
+        StageLog(folder, settings.title, settings.steps, at.step, settings.log_every, accelerator) as log,
+        Interruption(settings.walltime_minutes) as interruption,
+        profiled(folder / "profile", settings.profile_steps, accelerator) as profiler,
+    ):
+        while at.step < settings.steps:
+            meter.start()
+            plan = task.plan(at.step, at.step + at.detours * settings.steps)
+            role = task.roles[plan.role]
+            sums = _accumulate(role, plan, meter)
+            asked = {"stop": float(interruption.asks_to_stop()), "save": float(interruption.asks_to_save())}
+            norm = role.norm()
+            values = {**sums, **plan.metrics, **asked}
+            means, times, norm_value = _over_ranks(accelerator, values, meter.own_times(), norm)
+            stop, save_now, lost = means.pop("stop"), means.pop("save"), means.pop("lost")
+
+            objection = at.guard.objection(plan.role, means["loss"], norm_value, lost)
+            if objection:
+                role.skip()
+            else:
+                role.step(norm)
                 task.updated(role)
-            bad = 0 if finite else bad + 1
-            values = _averaged(accelerator, {"loss": wanted.loss.detach(), **wanted.metrics})
-            seconds = time.perf_counter() - began
-            log.record(step, {"role": wanted.role, **values, "grad_norm": norm, "seconds": seconds})
+            log.record(at.step, {"role": plan.role, **means, "grad_norm": norm_value, **meter.stop(times, plan.work)})
+            bad = bad + 1 if objection else 0
+            at.step += 1
+            profiler.step()
             if bad >= settings.max_bad_steps:
-                save(step + 1 - bad)
-                raise TrainingDiverged(
-                    f"{settings.title}: {bad} steps in a row without a finite loss or gradient (step {step}); the state after "
-                    f"step {saved} is kept in {states}. Lower the learning rate or look at the data, then rerun to continue"
-                )
-            done = step + 1
-            if bad == 0 and (done % settings.save_every == 0 or done == settings.steps):
-                save(done)
-            if sample and settings.sample_every and done % settings.sample_every == 0 and accelerator.is_main_process:
-                sample(done)
+                at.step -= bad
+                if at.detours >= settings.guard.rollbacks:
+                    save()
+                    settle()
+                    raise TrainingDiverged(
+                        f"{settings.title}: {bad} steps in a row without a finite loss or gradient within the guard's limits "
+                        f"(step {at.step + bad - 1}: {objection}); the state after step {at.step} is kept in {states}. Lower "
+                        "the learning rate or look at the data, then rerun to continue"
+                    )
+                settle()
+                detours, bad = at.detours + 1, 0
+                if at.restore(states, task):
+                    saved = at.step
+                at.detours = detours
+                log.rewind(at.step, f"{objection}: back to the state after step {at.step}, with other data")
+                continue
+            if bad == 0 and (at.step % settings.save_every == 0 or at.step == settings.steps or stop or save_now):
+                save()
+            if sample and settings.sample_every and at.step % settings.sample_every == 0:
+                sample(at.step)
+            if stop and bad == 0 and at.step < settings.steps:
+                settle()
+                raise Stopped(f"{settings.title}: stopped after step {at.step}, as asked; the same command continues")
+        save()
+        settle()
 
 
-def _averaged(accelerator: Accelerator, metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Each metric's mean over the processes."""
-    names = list(metrics)
-    flat = torch.stack([torch.as_tensor(metrics[n], dtype=torch.float64, device=accelerator.device) for n in names])
+def _pieces(task: Task) -> list[Piece]:
+    return [piece for role in task.roles.values() for piece in role.pieces()] + task.extra_pieces()
+
+
+def _accumulate(role: Role, plan: Plan, meter: Meter) -> dict[str, Tensor | float]:
+    """Backward through every term in turn; returns the sums of losses and metrics, averaged over the micro-batches."""
+    sums: dict[str, Any] = {"loss": 0.0, "lost": 0.0}
+    for index, term in enumerate(plan.terms):
+        last = index == len(plan.terms) - 1
+        with role.micro_step(last):
+            out = term()
+            if last:
+                meter.before_last_backward()
+            role.backward(out.loss / plan.micro_batches)
+        for name, value in {"loss": out.loss.detach(), "lost": out.lost, **out.metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value / plan.micro_batches
+    return sums
+
+
+def _over_ranks(
+    accelerator: Accelerator, values: Mapping[str, Tensor | float], times: Mapping[str, float], norm: Tensor
+) -> tuple[dict[str, float], dict[str, list[float]], float]:
+    """Means of `values` and each rank's `times`, by one collective and one wait for the device; the norm is the same
+    everywhere."""
+    flat = torch.stack(
+        [
+            torch.as_tensor(x, dtype=torch.float64, device=accelerator.device)
+            for x in (*values.values(), *times.values(), norm)
+        ]
+    )
+    every = flat[None]
     if accelerator.num_processes > 1:
-        flat = cast(Tensor, accelerator.reduce(flat, reduction="mean"))
-    return dict(zip(names, flat.tolist(), strict=True))
+        every = cast(Tensor, accelerator.gather(every))
+    rows = every.T.tolist()
+    means = {name: sum(row) / len(row) for name, row in zip(values, rows)}
+    return means, dict(zip(times, rows[len(values) : -1])), rows[-1][accelerator.process_index]

@@ -12,17 +12,22 @@ from turbotrain.config import OptimSection
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], optim: OptimSection) -> torch.optim.AdamW:
-    """AdamW; the fused form where the parameters are on a GPU."""
+    """AdamW, `optim.fused` or not, with its state in place.
+
+    torch makes the state at the first step; here it exists from the start, so that memory is known before training begins and
+    a saved state has something to fill.
+    """
     trained = [p for p in parameters if p.requires_grad]
     first, second = optim.betas
-    return torch.optim.AdamW(
-        trained,
-        lr=optim.lr,
-        betas=(first, second),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        fused=all(p.is_cuda for p in trained),
+    fused = optim.fused and all(p.is_cuda for p in trained)
+    optimizer = torch.optim.AdamW(
+        trained, lr=optim.lr, betas=(first, second), eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
     )
+    for p in trained:
+        # A fused AdamW keeps its step count on the parameter's device, a plain one on the CPU.
+        step = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def learning_rate(optim: OptimSection, steps: int) -> Callable[[int], float]:

@@ -1,102 +1,124 @@
 """Processes and devices, through accelerate; the networks themselves are single-device code.
 
-A `Role` is one trained network with its optimiser. Student and critic are two roles: each is wrapped on its own, so that
-alternating updates never touch the other's gradients.
+Which engine wraps them is what `accelerate launch --config_file configs/accelerate/<engine>.yaml` says, or `launch.engine`.
+accelerate starts the processes, joins them and carries logs. The wrapping of sharded engines is done here, a network at a
+time: accelerate keeps one list of FSDP modules for a process, and clips the wrong network where two are trained in turn.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from turbotrain.config import Config, OptimSection
+from turbotrain.compose import UsageError
+from turbotrain.config import Config, LaunchSection, OptimSection
 from turbotrain.model.wan import WanTransformer
 from turbotrain.training.optim import learning_rate, make_optimizer
+from turbotrain.training.roles import Role
+
+# What accelerate's launcher tells its processes. Cleared once read, so that its Accelerator leaves the wrapping to us.
+FSDP_FLAG, FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+
+
+def choose_engine(launch: LaunchSection, environ: Mapping[str, str]) -> str:
+    """The engine of this launch: ddp (also for one process), or fsdp2.
+
+    Raises:
+        UsageError: the launcher's file and `launch.engine` disagree, or name an engine that is not supported.
+    """
+    told = ""
+    if environ.get(FSDP_FLAG, "").lower() == "true":
+        if environ.get(FSDP_VERSION, "1") != "2":
+            raise UsageError(
+                f"fsdp_version={environ.get(FSDP_VERSION, '1')}: only FSDP2 is supported; set fsdp_version: 2 in the launch file"
+            )
+        told = "fsdp2"
+    if launch.engine == "auto":
+        return told or "ddp"
+    if told and told != launch.engine:
+        raise UsageError(f"launch.engine={launch.engine!r}: the launch file says {told}; leave one of the two out")
+    return launch.engine
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """One Accelerator for the run; under torchrun or `accelerate launch` it joins the process group."""
+    """One Accelerator for the run; under torchrun or `accelerate launch` it joins the process group.
+
+    Its mixed precision is off: roles run their networks under autocast themselves, the same way under every engine.
+    """
     torch.set_float32_matmul_precision(config.launch.matmul_precision)
     on_cpu = config.launch.device == "cpu" or not torch.cuda.is_available()
     handlers: list = []
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Stages that only the first process runs (evaluation, say) keep the others waiting for longer than the default.
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=4)))
+    os.environ.pop(FSDP_FLAG, None)
     return Accelerator(
         cpu=on_cpu,
-        mixed_precision=config.launch.mixed_precision,
+        mixed_precision="no",
         log_with=list(config.logging.trackers) or None,
         project_dir=str(config.run_folder),
         kwargs_handlers=handlers,
     )
 
 
-@dataclass
-class Role:
-    """A trained network: `module` as wrapped for this launch, `network` the plain module inside."""
-
-    name: str
-    module: nn.Module
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    rate: Callable[[int], float]
-    grad_clip: float
-    updates: int = 0
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The plain network's trained parameters, under the names that checkpoints use."""
-        return ((name, p) for name, p in self.network.named_parameters() if p.requires_grad)
-
-
 def make_role(
-    accelerator: Accelerator, name: str, network: WanTransformer, optim: OptimSection, updates: int, checkpointing: bool
+    accelerator: Accelerator,
+    launch: LaunchSection,
+    engine: str,
+    name: str,
+    network: WanTransformer,
+    optim: OptimSection,
+    updates: int,
 ) -> Role:
     """Wrap `network` and its optimiser for this launch; `updates`: how many it will get, for a decaying rate."""
-    network.enable_activation_checkpointing(checkpointing).to(accelerator.device)
+    network.enable_activation_checkpointing(launch.activation_checkpointing, launch.checkpoint_every)
+    if launch.mixed_precision == "bf16":
+        autocast_forward(network, accelerator.device)
+    rate = learning_rate(optim, updates)
+    if engine == "fsdp2" and accelerator.num_processes > 1:
+        from turbotrain.training.fsdp import ShardedRole, shard
+
+        shard(network, accelerator.device, launch.offload)
+        optimizer = make_optimizer(network.parameters(), optim)
+        return ShardedRole(name, network, network, optimizer, rate, optim.grad_clip)
+    network.to(accelerator.device)
     optimizer = make_optimizer(network.parameters(), optim)
-    module, optimizer = accelerator.prepare(network, optimizer)
-    return Role(
-        name, module, accelerator.unwrap_model(module), optimizer, learning_rate(optim, updates), optim.grad_clip
-    )
+    return Role(name, accelerator.prepare_model(network), network, optimizer, rate, optim.grad_clip)
 
 
-def capture(network: nn.Module, inputs: tuple[Tensor, ...], accelerator: Accelerator) -> None:
+def make_frozen(
+    accelerator: Accelerator, launch: LaunchSection, engine: str, network: WanTransformer
+) -> WanTransformer:
+    """A network that only answers (the teacher): without gradients, in bf16 under mixed precision (its float32 islands
+    stay), sharded where the trained ones are."""
+    network.requires_grad_(False)
+    if launch.mixed_precision == "bf16":
+        network.set_weight_dtype(torch.bfloat16)
+    if engine == "fsdp2" and accelerator.num_processes > 1:
+        from turbotrain.training.fsdp import shard
+
+        return shard(network, accelerator.device)
+    return network.to(accelerator.device)
+
+
+def autocast_forward(network: nn.Module, device: torch.device) -> None:
+    """bf16 products of float32 weights, in every forward of `network`, inside whatever wraps it later. Casts are not cached: a
+    second copy of all weights would outlive the pass."""
+    network.forward = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)(network.forward)
+
+
+def capture(network: nn.Module, inputs: tuple[Tensor, ...], mixed: bool) -> None:
     """Make training passes of `network` replay one CUDA graph each, for inputs of exactly these shapes; before `make_role`.
 
     A network of a million parameters is thousands of kernels that take longer to launch than to run. In evaluation mode it
-    computes as before, for any shape.
+    computes as before, for any shape. mixed: under autocast to bf16, whose casts a graph must make anew from the weights of
+    the moment.
     """
-    # Autocast may not cache its casts: a graph must make them anew from the weights of the moment.
-    mixed = accelerator.mixed_precision == "bf16"
     with torch.autocast("cuda", torch.bfloat16, enabled=mixed, cache_enabled=False):
         torch.cuda.make_graphed_callables(network.train(), inputs)
-
-
-def update(accelerator: Accelerator, role: Role, loss: Tensor) -> tuple[float, bool]:
-    """One optimiser step on `loss`; returns the gradient norm and whether the step was taken.
-
-    A loss or norm that is not finite leaves weights and optimiser state untouched. Both are taken over all processes, so
-    every rank decides alike.
-    """
-    accelerator.backward(loss)
-    norm = float(accelerator.clip_grad_norm_(role.module.parameters(), role.grad_clip) or 0.0)
-    whole = loss.detach()
-    if accelerator.num_processes > 1:
-        whole = cast(Tensor, accelerator.reduce(whole, reduction="sum"))
-    finite = math.isfinite(norm) and math.isfinite(float(whole))
-    if finite:
-        for group in role.optimizer.param_groups:
-            group["lr"] = role.rate(role.updates)
-        role.optimizer.step()
-        role.updates += 1
-    role.optimizer.zero_grad(set_to_none=True)
-    return norm, finite

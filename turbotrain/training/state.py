@@ -1,110 +1,201 @@
-"""The state of an interrupted stage: networks, optimisers, averages and counters, written so that a kill loses nothing.
+"""The state of an interrupted stage, written while training goes on and so that a kill at any moment loses nothing.
 
-A state is a folder `step_00000050/` of safetensors files and one JSON; it is written beside its final name and renamed when
-it is complete, so whatever bears the final name can be read. Randomness is derived from the step (`seeding.py`), so nothing
-else is needed to continue bit for bit.
+A state is a folder `step_00000050/`: one safetensors file a process with the pieces that it holds (`pieces.py`), and one
+JSON. Every process copies its pieces to the host and writes them in a thread, into a folder of another name; when the last
+file is on disk the first process gives it the final name. So whatever bears the final name can be read. Randomness is
+derived from the step (`seeding.py`), so nothing else is needed to continue bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from turbotrain.training.parallel import Role
+from turbotrain.training.pieces import Piece, SavedPieces, write_pieces
 
 PREFIX = "step_"
+STATE_FILE = "state.json"
+POLL_S = 0.005
 
 
-def save_state(folder: Path, step: int, roles: Mapping[str, Role], extra: Mapping[str, Tensor], keep: int) -> None:
-    """Write the state after `step` updates of the loop, then drop all but the newest `keep`.
+class StateWriter:
+    """Writes states of one stage in the background; one at a time. Every process has its own and calls it at the same steps.
 
-    Raises:
-        OSError: it could not be written; the states before it are as they were.
+    keep: how many states stay. Wants the folder on a file system that all processes share.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob(".tmp-*"):  # of a process that was killed: only one writes here
-        shutil.rmtree(torn, ignore_errors=True)
-    final = folder / f"{PREFIX}{step:08d}"
-    partial = folder / f".tmp-{final.name}-{os.getpid()}"
-    partial.mkdir()
-    try:
-        counters = {"step": step, "updates": {name: role.updates for name, role in roles.items()}}
-        for name, role in roles.items():
-            _write(partial / f"{name}.safetensors", role.network.state_dict())
-            _write(partial / f"{name}.optimizer.safetensors", _optimizer_tensors(role))
-        _write(partial / "extra.safetensors", extra)
-        (partial / "state.json").write_text(json.dumps(counters))
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.rank == 0:
+            for torn in folder.glob(".tmp-*"):
+                shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink()
+        # Names of this launch's half-written folders: a killed launch's files are never mistaken for these.
+        token = [uuid.uuid4().hex[:12]]
+        if self.world > 1:
+            dist.broadcast_object_list(token, device=_object_device())
+        self.token = token[0]
+        self._host: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, pieces: Iterable[Piece], counters: Mapping[str, Any]) -> None:
+        """Copy the pieces to the host, then write them while the caller goes on.
+
+        Raises:
+            OSError: the state before this one could not be written.
+        """
+        self.wait()
+        mine = [self._snapshot(piece) for piece in pieces if self.rank == 0 or not piece.replicated]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        description = {"step": step, "world": self.world, **counters}
+        self._thread = threading.Thread(target=self._write, args=(step, mine, description), daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last state bears its name.
+
+        Raises:
+            OSError: it could not be written; the states before it are as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _snapshot(self, piece: Piece) -> Piece:
+        flat = piece.flat
+        host = self._host.get(piece.name)
+        if host is None or host.numel() != flat.numel():
+            host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+            self._host[piece.name] = host
+        host.copy_(flat, non_blocking=True)
+        return dataclasses.replace(piece, tensor=host)
+
+    def _write(self, step: int, pieces: list[Piece], description: dict[str, Any]) -> None:
+        final = self.folder / f"{PREFIX}{step:08d}"
+        partial = self.folder / f".tmp-{final.name}-{self.token}"
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            path = partial / f"rank_{self.rank:05d}.safetensors"
+            write_pieces(path, pieces)
+            _sync(path)
+            (partial / f"done_{self.rank:05d}").touch()
+            if self.rank == 0:
+                self._await_others(partial)
+                self._publish(partial, final, description)
+        except BaseException as error:  # whatever it is, the thread that trains has to raise it
+            self._error = error
+            if isinstance(error, (OSError, SafetensorError)):
+                self._error = OSError(
+                    f"{final}: the training state could not be written ({error}); free some space, then the same command "
+                    "continues"
+                )
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    (self.folder / f".tmp-failed-{self.token}").touch()
+
+    def _await_others(self, partial: Path) -> None:
+        """Files tell of the other processes: no collective may run beside those of training."""
+        waiting = [partial / f"done_{rank:05d}" for rank in range(self.world)]
+        failed = self.folder / f".tmp-failed-{self.token}"
+        while waiting := [path for path in waiting if not path.exists()]:
+            if failed.exists():
+                raise OSError("another process failed to write its part")
+            time.sleep(POLL_S)
+
+    def _publish(self, partial: Path, final: Path, description: dict[str, Any]) -> None:
+        for done in partial.glob("done_*"):
+            done.unlink()
+        description["files"] = {path.name: path.stat().st_size for path in sorted(partial.glob("rank_*"))}
+        (partial / STATE_FILE).write_text(json.dumps(description))
+        _sync(partial / STATE_FILE)
         _sync(partial)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{final}: the training state could not be written ({error}); free some space, then the same command continues"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in saved_steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"{PREFIX}{old:08d}", ignore_errors=True)
+        _sync(self.folder)
+        for old in saved_steps(self.folder)[: -self.keep]:
+            shutil.rmtree(self.folder / f"{PREFIX}{old:08d}", ignore_errors=True)
 
 
-def load_state(folder: Path, roles: Mapping[str, Role], device: torch.device) -> tuple[int, dict[str, Tensor]]:
-    """Restore the newest state; returns the step to continue from (0 if there is none) and the extra tensors."""
-    steps = saved_steps(folder)
-    if not steps:
-        return 0, {}
-    newest = folder / f"{PREFIX}{steps[-1]:08d}"
-    counters = json.loads((newest / "state.json").read_text())
-    for name, role in roles.items():
-        role.network.load_state_dict(load_file(newest / f"{name}.safetensors", device=str(device)), strict=True)
-        _restore_optimizer(role, load_file(newest / f"{name}.optimizer.safetensors", device=str(device)))
-        role.updates = counters["updates"][name]
-    return counters["step"], load_file(newest / "extra.safetensors", device=str(device))
+def read_state(folder: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
+    """Fill the pieces from the newest state; returns what its JSON says, None if there is none.
+
+    Raises:
+        ValueError: the state is of another network or recipe.
+    """
+    newest = newest_state(folder)
+    if newest is None:
+        return None
+    description = _description(newest)
+    with SavedPieces([newest / name for name in description["files"]]) as saved, torch.no_grad():
+        saved.fill(pieces)
+    return description
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest state whose files are all there and of the size that was written (a disk may lose what it promised)."""
+    for step in reversed(saved_steps(folder)):
+        path = folder / f"{PREFIX}{step:08d}"
+        try:
+            files = _description(path)["files"]
+            if all((path / name).stat().st_size == size for name, size in files.items()):
+                return path
+        except (OSError, ValueError, KeyError):
+            pass
+        print(f"{path}: damaged, passed over", flush=True)
+    return None
+
+
+def saved_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The whole tensors under `prefix` in the newest state, on the CPU: how a sharded network becomes a checkpoint."""
+    newest = newest_state(folder)
+    if newest is None:
+        raise FileNotFoundError(f"{folder}: no training state to take {prefix} from")
+    with SavedPieces([newest / name for name in _description(newest)["files"]]) as saved:
+        return saved.whole(prefix)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps with a complete state, oldest first."""
+    """The steps with a state, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(int(path.name.removeprefix(PREFIX)) for path in folder.iterdir() if path.name.startswith(PREFIX))
 
 
-def _optimizer_tensors(role: Role) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in role.named_parameters():
-        for key, value in role.optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value)
-    return tensors
+def _description(state: Path) -> dict[str, Any]:
+    return json.loads((state / STATE_FILE).read_text())
 
 
-def _restore_optimizer(role: Role, tensors: Mapping[str, Tensor]) -> None:
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        by_name.setdefault(name, {})[kind] = value
-    for name, parameter in role.named_parameters():
-        if name in by_name:
-            state = by_name[name]
-            # A plain AdamW keeps its step count on the CPU, a fused one on the parameter's device.
-            fused = bool(role.optimizer.param_groups[0].get("fused"))
-            state["step"] = state["step"] if fused else state["step"].cpu()
-            role.optimizer.state[parameter] = state
+def _object_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _sync(folder: Path) -> None:
-    """Force the files to disk before the rename makes them the newest state."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk before a rename makes it the newest state."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,39 @@
+"""How much arithmetic a pass of the network is: what MFU is measured against.
+
+L video tokens, S text tokens, D model width, F feed-forward width, d head dim. A multiplication and an addition count as two.
+"""
+
+from __future__ import annotations
+
+import math
+
+from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.variants import WanConfig
+
+CLIP_TOKENS = 257
+
+
+def forward_flops(config: WanConfig, attention: AttentionConfig, grid: tuple[int, ...]) -> float:
+    """FLOPs of one forward pass of one sample whose latent has `grid` = (T, H, W); element-wise work is left out."""
+    dim, ffn = config.dim, config.ffn_dim
+    length = math.prod(n // p for n, p in zip(grid, config.patch_size))
+    patch = math.prod(config.patch_size)
+    context = config.text_len + (CLIP_TOKENS if config.image_dim is not None else 0)
+
+    self_linear = 8 * dim**2 * length
+    cross_linear = 4 * dim**2 * (length + context)
+    feed_forward = 4 * dim * ffn * length
+    attend = 4 * length * dim * (_kept_keys(attention, length) + context)
+    if attention.is_sparse:
+        attend += 6 * length * dim * config.head_dim  # state of keys and values, queries through it, projection
+    block = self_linear + cross_linear + feed_forward + attend
+    text = 2 * config.text_len * dim * (config.text_dim + dim)
+    ends = 2 * length * dim * patch * (config.in_channels + config.out_channels)
+    return float(config.num_layers * block + text + ends)
+
+
+def _kept_keys(attention: AttentionConfig, length: int) -> float:
+    if not attention.is_sparse:
+        return length
+    blocks = -(-length // attention.block_k)
+    return length * max(1, int(attention.topk * blocks)) / blocks
