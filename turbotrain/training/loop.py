@@ -8,6 +8,7 @@ killed and restarted ends with the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -144,6 +145,7 @@ def train(
 
     meter = Meter(accelerator.device)
     with (
+        closing(writer),
         StageLog(folder, settings.title, settings.steps, at.step, settings.log_every, accelerator) as log,
         Interruption(settings.walltime_minutes) as interruption,
         profiled(folder / "profile", settings.profile_steps, accelerator) as profiler,

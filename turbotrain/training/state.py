@@ -51,6 +51,7 @@ class StateWriter:
             dist.broadcast_object_list(token, device=_object_device())
         self.token = token[0]
         self._host: dict[str, Tensor] = {}
+        self._closing = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -80,6 +81,12 @@ class StateWriter:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def close(self) -> None:
+        """End the writing, for a caller that failed: what only other processes are missing from is given up."""
+        self._closing = True
+        if self._thread is not None:
+            self._thread.join()
 
     def _snapshot(self, piece: Piece) -> Piece:
         flat = piece.flat
@@ -120,8 +127,8 @@ class StateWriter:
         waiting = [partial / f"done_{rank:05d}" for rank in range(self.world)]
         failed = self.folder / f".tmp-failed-{self.token}"
         while waiting := [path for path in waiting if not path.exists()]:
-            if failed.exists():
-                raise OSError("another process failed to write its part")
+            if failed.exists() or self._closing:
+                raise OSError("another process did not write its part")
             time.sleep(POLL_S)
 
     def _publish(self, partial: Path, final: Path, description: dict[str, Any]) -> None:
