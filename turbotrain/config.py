@@ -19,7 +19,7 @@ from turbotrain.compose import UsageError, compose, recipe_names, recipes_folder
 from turbotrain.model.variants import VARIANTS
 
 STAGES = ("codec", "data", "teacher", "sla", "rcm", "merge", "quantize", "evaluate")
-ENGINES = ("auto", "ddp", "fsdp2")
+ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 ASSET_PREFIX = "asset:"
 
 
@@ -213,8 +213,8 @@ class LaunchSection:
     device: str = "auto"  # auto | cpu | cuda
     matmul_precision: str = "highest"  # of float32 products on a GPU: high lets tensor cores round to TF32
     mixed_precision: str = "no"  # bf16: trained networks run under autocast, weights stay float32
-    engine: str = "auto"  # auto: what `accelerate launch` says, else ddp; ddp | fsdp2
-    offload: bool = False  # fsdp2: shards and optimiser states rest in host memory
+    engine: str = "auto"  # auto: what `accelerate launch` says, else ddp; ddp | fsdp2 | zero2 | zero3
+    offload: bool = False  # sharded engines: optimiser states (and FSDP2's weights) rest in host memory
     micro_batches: int = (
         1  # each process's share of a batch in so many parts, one after the other: gradient accumulation
     )

@@ -113,7 +113,7 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
     """
     section = getattr(context.config, context.name)
     # A pass of a sharded network takes every process; otherwise the first samples while the others wait.
-    takes_part = context.accelerator.is_main_process or context.engine == "fsdp2"
+    takes_part = context.accelerator.is_main_process or context.engine in ("fsdp2", "zero3")
     if not section.sample_every or "codec" not in context.inputs or not takes_part:
         return None
     meta = CheckpointMeta(sampler=sampler_settings(context.config))

@@ -2,7 +2,8 @@
 
 Which engine wraps them is what `accelerate launch --config_file configs/accelerate/<engine>.yaml` says, or `launch.engine`.
 accelerate starts the processes, joins them and carries logs. The wrapping of sharded engines is done here, a network at a
-time: accelerate keeps one list of FSDP modules for a process, and clips the wrong network where two are trained in turn.
+time: accelerate keeps one DeepSpeed plugin and one list of FSDP modules for a process, and steps or clips the wrong network where
+two are trained in turn.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from turbotrain.training.optim import learning_rate, make_optimizer
 from turbotrain.training.roles import Role
 
 # What accelerate's launcher tells its processes. Cleared once read, so that its Accelerator leaves the wrapping to us.
+DEEPSPEED_FLAG, ZERO_STAGE = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 FSDP_FLAG, FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
 
 
 def choose_engine(launch: LaunchSection, environ: Mapping[str, str]) -> str:
-    """The engine of this launch: ddp (also for one process), or fsdp2.
+    """The engine of this launch: ddp (also for one process), fsdp2, zero2 or zero3.
 
     Raises:
         UsageError: the launcher's file and `launch.engine` disagree, or name an engine that is not supported.
@@ -39,6 +41,13 @@ def choose_engine(launch: LaunchSection, environ: Mapping[str, str]) -> str:
                 f"fsdp_version={environ.get(FSDP_VERSION, '1')}: only FSDP2 is supported; set fsdp_version: 2 in the launch file"
             )
         told = "fsdp2"
+    if environ.get(DEEPSPEED_FLAG, "").lower() == "true":
+        stage = environ.get(ZERO_STAGE, "")
+        if stage not in ("2", "3"):
+            raise UsageError(
+                f"zero_stage={stage or 'auto'}: set zero_stage: 2 or 3 in the launch file's deepspeed_config"
+            )
+        told = f"zero{stage}"
     if launch.engine == "auto":
         return told or "ddp"
     if told and told != launch.engine:
@@ -57,7 +66,8 @@ def make_accelerator(config: Config) -> Accelerator:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Stages that only the first process runs (evaluation, say) keep the others waiting for longer than the default.
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=4)))
-    os.environ.pop(FSDP_FLAG, None)
+    for flag in (FSDP_FLAG, DEEPSPEED_FLAG):
+        os.environ.pop(flag, None)
     return Accelerator(
         cpu=on_cpu,
         mixed_precision="no",
@@ -81,6 +91,10 @@ def make_role(
     if launch.mixed_precision == "bf16":
         autocast_forward(network, accelerator.device)
     rate = learning_rate(optim, updates)
+    if engine.startswith("zero"):
+        from turbotrain.training.zero import zero_role
+
+        return zero_role(name, network.to(accelerator.device), optim, rate, int(engine[-1]), launch.offload)
     if engine == "fsdp2" and accelerator.num_processes > 1:
         from turbotrain.training.fsdp import ShardedRole, shard
 
@@ -100,7 +114,7 @@ def make_frozen(
     network.requires_grad_(False)
     if launch.mixed_precision == "bf16":
         network.set_weight_dtype(torch.bfloat16)
-    if engine == "fsdp2" and accelerator.num_processes > 1:
+    if engine in ("fsdp2", "zero3") and accelerator.num_processes > 1:
         from turbotrain.training.fsdp import shard
 
         return shard(network, accelerator.device)
