@@ -24,6 +24,7 @@ from turbotrain.infer_config import (
     OUTPUT_SUFFIXES,
     SAMPLINGS,
     SCHEMES,
+    SCOPES,
     SOLVERS,
     WEIGHTS,
     InferConfig,
@@ -59,11 +60,12 @@ def check(config: InferConfig) -> Request:
     _choice("text_device", config.text_device, TEXT_DEVICES)
     _choice("text_dtype", config.text_dtype, TEXT_DTYPES)
     _choice("scheme", config.scheme, SCHEMES)
+    _choice("scope", config.scope, SCOPES)
     _choice("attention_kind", config.attention_kind, ("auto", *KINDS))
     _check_numbers(config)
     if config.weights == "random":
         return _check_random(config)
-    if config.scheme != "none":
+    if config.scheme != "auto":
         reject("scheme", config.scheme, "is for weights=random; a checkpoint is quantised by train.py stage=quantize")
     prompts = _read_prompts(config)
     if not config.checkpoint:
@@ -97,8 +99,11 @@ def _check_random(config: InferConfig) -> Request:
         raise UsageError(f"variant: missing; weights=random needs one of {', '.join(VARIANTS)}")
     _choice("variant", config.variant, tuple(VARIANTS))
     variant = VARIANTS[config.variant]
+    if config.scope == "video" and config.batch_size != 1:
+        reject("batch_size", config.batch_size, "a video is timed alone: leave it out, or say scope=network")
     _check_size(config, variant)
     _check_device("device", config.device)
+    _check_device("text_device", config.text_device)
     request = Request(config, [], None, variant)
     _check_output(request)
     return request

@@ -16,7 +16,8 @@ SAMPLINGS = ("turbo", "teacher")
 SOLVERS = ("unipc", "euler")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("checkpoint", "random")
-SCHEMES = ("none", "int8_channel", "int8_block128", "fp8_channel")
+SCOPES = ("video", "network")
+SCHEMES = ("auto", "none", "int8_channel", "int8_block128", "fp8_channel")
 OUTPUT_SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 # Free text: taken as typed, so that commas and quotes in a prompt need no escaping.
 TEXT_FIELDS = (
@@ -71,7 +72,7 @@ class InferConfig:
         "auto", "auto (what the checkpoint says) | sla | sage_sla (8-bit attention, equal weights)"
     )
     cuda_graphs: bool = _help(True, "record a small network's kernel launches once and replay them; false: less memory")
-    variant: str | None = _help(None, "for files of other projects, which do not name it")
+    variant: str | None = _help(None, "for files of other projects, which do not name it; model=NAME says the same")
     vae: str | None = _help(None, "VAE: folder, official .pth or hub id, where the checkpoint names none")
     text_encoder: str | None = _help(None, "text encoder: folder, official .pth or hub id, likewise")
     tokenizer: str | None = _help(None, "tokenizer: folder or hub id, likewise")
@@ -84,8 +85,13 @@ class InferConfig:
     teacher_steps: int | None = _help(None, "evaluate: steps of that teacher; default: the variant's own")
     repeats: int = _help(5, "benchmark: timed repeats, of which the median is reported")
     warmup: int = _help(1, "benchmark: untimed repeats before them")
-    weights: str = _help("checkpoint", "benchmark: checkpoint | random (one network step of variant, without files)")
-    scheme: str = _help("none", "benchmark weights=random: none | int8_channel | int8_block128 | fp8_channel")
+    weights: str = _help("checkpoint", "benchmark: checkpoint | random (of variant's true sizes, without files)")
+    scope: str = _help(
+        "video", "benchmark weights=random: video (prompt to mp4, and a step beside teachers) | network (a step)"
+    )
+    scheme: str = _help(
+        "auto", "benchmark weights=random: auto (int8_channel) | none | int8_channel | int8_block128 | fp8_channel"
+    )
     json: str = _help("", "evaluate, benchmark: also write the result to this JSON file")
     debug: bool = _help(False, "show tracebacks")
 
@@ -132,9 +138,12 @@ def usage() -> str:
 def prepare(override: str) -> str:
     """An argument as Hydra should see it.
 
-    The value of a free-text key is quoted, because Hydra would read commas, brackets and `${` as syntax; one seed becomes a list.
+    The value of a free-text key is quoted, because Hydra would read commas, brackets and `${` as syntax; one seed becomes a list;
+    `model` is another name of `variant`.
     """
     key, separator, value = override.partition("=")
+    if key == "model":
+        key, override = "variant", f"variant={value}"
     if key == "seeds" and value.lstrip("+-").isdigit():
         return f"seeds=[{value}]"
     if not separator or key not in TEXT_FIELDS or value == "" or (value == "null" and key != "prompt"):

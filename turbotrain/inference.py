@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from turbotrain.pipeline import TurboPipeline
 
 DONE, FAILED, USAGE = 0, 1, 2
+STARTED = time.perf_counter()  # of the process, but for Python's own start
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,7 +59,7 @@ def run(request: Request) -> None:
 
         quiet_libraries()
     if request.config.weights == "random":
-        _benchmark_forward(request)
+        _benchmark_random(request)
         return
     picture = _read_image(request)
     pipe = _load(request.config)
@@ -221,7 +222,6 @@ def _benchmark(request: Request, pipe: TurboPipeline) -> None:
     from turbotrain.evaluation.benchmark import benchmark, print_benchmark
 
     config = request.config
-    given = {"ode": config.ode, "sigma_max": config.sigma_max, "guidance": config.guidance, "shift": config.shift}
     frames, height, width = _size(request, pipe.variant)
     result = benchmark(
         pipe,
@@ -235,34 +235,59 @@ def _benchmark(request: Request, pipe: TurboPipeline) -> None:
         frames=frames,
         height=height,
         width=width,
-        **given,
+        **_sampling(config),
     )
     print_benchmark(result)
     _keep(config, result)
 
 
-def _benchmark_forward(request: Request) -> None:
+def _benchmark_random(request: Request) -> None:
     import torch
 
+    from turbotrain.evaluation.end_to_end import benchmark_random, print_random
     from turbotrain.evaluation.forward import benchmark_forward, print_forward
     from turbotrain.loading import resolve_device
 
     config, variant = request.config, request.variant
     assert variant is not None  # weights=random requires it
-    result = benchmark_forward(
-        variant,
-        variant.latent_shape(*_size(request, variant)),
-        attention_kind="dense" if config.attention_kind == "auto" else config.attention_kind,
-        scheme=None if config.scheme == "none" else config.scheme,
-        device=resolve_device(config.device),
-        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
-        batch_size=config.batch_size,
-        repeats=config.repeats,
-        warmup=config.warmup,
-        seed=config.seed,
-    )
-    print_forward(result)
+    frames, height, width = _size(request, variant)
+    given: dict[str, Any] = {
+        "attention_kind": "sage_sla" if config.attention_kind == "auto" else config.attention_kind,
+        "scheme": {"auto": "int8_channel", "none": None}.get(config.scheme, config.scheme),
+        "device": resolve_device(config.device),
+        "dtype": None if config.dtype == "auto" else getattr(torch, config.dtype),
+        "repeats": config.repeats,
+        "warmup": config.warmup,
+        "seed": config.seed,
+    }
+    if config.scope == "network":
+        result = benchmark_forward(
+            variant, variant.latent_shape(frames, height, width), batch_size=config.batch_size, **given
+        )
+        print_forward(result)
+    else:
+        result = benchmark_random(
+            variant,
+            cuda_graphs=config.cuda_graphs,
+            text_device=config.text_device,
+            text_dtype=config.text_dtype,
+            started=STARTED,
+            steps=config.steps,
+            mode=config.sampling,
+            fps=config.fps,
+            frames=frames,
+            height=height,
+            width=width,
+            **_sampling(config),
+            **given,
+        )
+        print_random(result)
     _keep(config, result)
+
+
+def _sampling(config: InferConfig) -> dict[str, Any]:
+    """What a sampler is told beside its kind and steps."""
+    return {"ode": config.ode, "sigma_max": config.sigma_max, "guidance": config.guidance, "shift": config.shift}
 
 
 def _size(request: Request, variant: Variant) -> tuple[int, int, int]:

@@ -81,6 +81,7 @@ def test_memory_returns_when_graphs_are_cleared() -> None:
 
 @torch.inference_mode()
 def test_a_call_that_synchronises_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what comes after it is unharmed: random numbers and graphs of other calls."""
     model = network_of("t2v", "dense", None)
     plain = model._time
     monkeypatch.setattr(model, "_time", lambda timestep, *rest: plain(timestep + 0 * timestep.sum().item(), *rest))
@@ -91,3 +92,11 @@ def test_a_call_that_synchronises_runs_eagerly(monkeypatch: pytest.MonkeyPatch) 
         inputs_of_call = given["x_BCTHW"], given["timestep"], given["context_BLD"]
         assert torch.equal(network(*inputs_of_call), model(*inputs_of_call))
     assert len(graphs) == 0
+    assert torch.randn(8, device="cuda").isfinite().all()
+    monkeypatch.undo()
+    other = network_of("t2v", "sage_sla", None)
+    network, given = graphs.network(other), given_to(other, 0)
+    inputs_of_call = given["x_BCTHW"], given["timestep"], given["context_BLD"]
+    for _ in range(3):
+        assert torch.equal(network(*inputs_of_call), other(*inputs_of_call))
+    assert len(graphs) == 1

@@ -101,7 +101,7 @@ RANDOM = ["mode=benchmark", "weights=random", "variant=shapes"]
         (["weights=random", "variant=shapes"], "weights='random': is for mode=benchmark, and this is mode=generate"),
         (["mode=benchmark", "weights=random"], "variant: missing; weights=random needs one of wan2.1_t2v_1.3b"),
         ([*RANDOM, "prompt=x"], "prompt='x': weights=random reads nothing; leave it out"),
-        ([*RANDOM, "scheme=int4"], "scheme='int4': choose one of none, int8_channel"),
+        ([*RANDOM, "scheme=int4"], "scheme='int4': choose one of auto, none, int8_channel"),
         ([*RANDOM, "attention_kind=linear"], "attention_kind='linear': choose one of auto, dense, sla, sage_sla"),
         ([*RANDOM, "frames=12"], "frames=12: shapes needs 4 n"),
         (["prompt=x", "scheme=int8_channel"], "scheme='int8_channel': is for weights=random"),

@@ -1,4 +1,7 @@
-"""One step of a network with random weights: how fast a variant runs on this machine, before any checkpoint is there."""
+"""One step of a network with random weights: how fast a variant runs on this machine, before any checkpoint is there.
+
+Beside it the dense teacher, twice: this project's own network, and diffusers' class as most people run it.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,22 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from turbotrain.evaluation.benchmark import environment
+from turbotrain.evaluation.random_weights import BLOCKS, random_diffusers_network, random_inputs, random_network
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.quant_linear import QuantLinear
+from turbotrain.model.graphs import GraphCache
 from turbotrain.model.variants import Variant, WanConfig
 from turbotrain.model.wan import WanTransformer
 
-CLIP_TOKENS = 257
-# Query and key blocks that SLA's kernels run fastest with.
-BLOCKS = (128, 64)
+DENSE, COMPILED, FIELD = "dense", "dense, compiled", "diffusers, eager"
+TEACHERS = {
+    DENSE: "this project's network, dense, every kernel launched by the CPU",
+    COMPILED: "the same with compiled blocks",
+    FIELD: "diffusers' WanTransformer3DModel, dense, as it comes: what published speed-ups are against",
+}
+# A guided teacher of 50 steps calls the network a hundred times.
+TEACHER_CALLS = 100
+# A row is timed no longer than this once it has a result: a dense step of 14B at 720p takes 12 s.
+PATIENCE_S = 20.0
 
 
 @torch.no_grad()
@@ -31,6 +42,7 @@ def benchmark_forward(
     *,
     attention_kind: str = "dense",
     scheme: str | None = None,
+    network: WanTransformer | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     batch_size: int = 1,
@@ -38,46 +50,51 @@ def benchmark_forward(
     warmup: int = 1,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Times one call of the network, dense and as asked, each as it is and (on CUDA) from a CUDA graph and with compiled
-    blocks.
+    """Times one call of the network as asked and of the dense teachers (`TEACHERS`), all in one run.
 
     Args:
         latent_shape: (C, T, H, W), as `Variant.latent_shape` gives it.
         attention_kind: `dense`, `sla` or `sage_sla`; scheme: of 8-bit linears in every block, or None.
+        network: one of that attention and scheme that is there already; None makes one.
         dtype: of the weights; None: bfloat16 on CUDA, float32 elsewhere.
 
     Returns:
-        {"rows": {name: {"median_s", "min_s", "max_s", "speedup": {other row: ratio of medians}}}, "settings", "environment"}.
+        {"rows": {name: {"median_s", "min_s", "max_s", "repeats", "speedup": {teacher: ratio of medians}}}, "teachers": {name:
+        what it is}, "settings", "environment"}. A network that pipelines record has a second row, ", CUDA graph".
     """
     device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or default_dtype(device)
     torch.manual_seed(seed)
+    config = variant.config
     with torch.device(device):
-        model = WanTransformer(variant.config).set_weight_dtype(dtype).eval()
-        given = random_inputs(variant.config, latent_shape, batch_size)
+        given = random_inputs(config, latent_shape, batch_size)
     rows: dict[str, dict[str, Any]] = {}
 
-    def measure(name: str) -> None:
-        rows[name] = timed(lambda: model(**given), device, repeats, warmup)
-        if device.type == "cuda":
-            rows[f"{name}, CUDA graph"] = timed(captured(lambda: model(**given)), device, repeats, warmup)
-            with compiled_blocks(model):
-                rows[f"{name}, compiled"] = timed(lambda: model(**given), device, repeats, warmup)
+    def measure(name: str, call: Callable[[], object]) -> None:
+        rows[name] = timed(call, device, repeats, warmup)
 
-    measure("dense")
+    dense = random_network(config, AttentionConfig(), None, device, dtype)
+    call = network_call(dense, given)
+    measure(DENSE, call)
+    if device.type == "cuda":
+        with compiled_blocks(dense):
+            measure(COMPILED, call)
+    del dense, call  # the next network takes its memory
+    measure(FIELD, diffusers_call(config, given, device, dtype))
     if attention_kind != "dense" or scheme is not None:
-        if attention_kind != "dense":
-            small = variant.config.head_dim < 64
-            block_q, block_k = (16, 16) if small else BLOCKS
-            model.set_attention(AttentionConfig(attention_kind, block_q=block_q, block_k=block_k))
-        if scheme is not None:
-            quantize_blocks(model, scheme)
-        torch._dynamo.reset()
-        measure(" ".join(filter(None, (attention_kind, scheme))))
+        attention = attention_of(variant, attention_kind)
+        network = network or random_network(config, attention, scheme, device, dtype)
+        name = " ".join(filter(None, (attention_kind, scheme)))
+        measure(name, network_call(network, given))
+        if device.type == "cuda":
+            graphs = GraphCache()
+            call = network_call(graphs.network(network), given)
+            for _ in range(2):  # the second is recorded, if that pays
+                call()
+            if len(graphs):
+                measure(f"{name}, CUDA graph", call)
     for row in rows.values():
-        row["speedup"] = {
-            other: rows[other]["median_s"] / row["median_s"] for other in rows if other.startswith("dense")
-        }
+        row["speedup"] = {name: rows[name]["median_s"] / row["median_s"] for name in TEACHERS if name in rows}
     settings = {
         "variant": variant.name,
         "latent_shape": list(latent_shape),
@@ -88,26 +105,46 @@ def benchmark_forward(
         "repeats": repeats,
         "warmup": warmup,
     }
-    return {"rows": rows, "settings": settings, "environment": environment(device)}
+    teachers = {name: TEACHERS[name] for name in TEACHERS if name in rows}
+    return {"rows": rows, "teachers": teachers, "settings": settings, "environment": environment(device)}
 
 
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """A replay of the call from a CUDA graph: what the GPU takes when no Python stands between its kernels."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # whatever runs only once must not be captured
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def default_dtype(device: torch.device) -> torch.dtype:
+    """In which networks are timed."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def attention_of(variant: Variant, kind: str) -> AttentionConfig:
+    """The attention that is timed: small heads have small blocks."""
+    block_q, block_k = (16, 16) if variant.config.head_dim < 64 else BLOCKS
+    return AttentionConfig(kind, block_q=block_q, block_k=block_k)
+
+
+def network_call(network: nn.Module, given: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """A step as a sampler takes it: text (and CLIP tokens) are encoded once, before."""
+    plain = cast(WanTransformer, getattr(network, "module", network))
+    rest = dict(given)
+    x_BCTHW, timestep, context_BLD = (rest.pop(name) for name in ("x_BCTHW", "timestep", "context_BLD"))
+    context = plain.encode_context(context_BLD, rest.pop("clip_BLD", None))
+    return lambda: network(x_BCTHW, timestep, context, **rest)
+
+
+def diffusers_call(
+    config: WanConfig, given: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    """A step of diffusers' network with the same inputs, as its pipelines take it."""
+    network: Any = random_diffusers_network(config, device, dtype)
+    latents = [given[name] for name in ("x_BCTHW", "y_BCTHW") if name in given]
+    x_BCTHW, context_BLD = torch.cat(latents, dim=1).to(dtype), given["context_BLD"].to(dtype)
+    clip_BLD = given["clip_BLD"].to(dtype) if "clip_BLD" in given else None
+    return lambda: network(x_BCTHW, given["timestep"], context_BLD, clip_BLD, return_dict=False)[0]
 
 
 @contextmanager
 def compiled_blocks(model: WanTransformer) -> Iterator[None]:
     """The network with compiled blocks: they share one graph, so compiling takes a block's time and not the network's."""
     blocks = model.blocks
+    torch._dynamo.reset()
     model.blocks = nn.ModuleList(cast(nn.Module, torch.compile(block)) for block in blocks)
     try:
         yield
@@ -115,40 +152,23 @@ def compiled_blocks(model: WanTransformer) -> Iterator[None]:
         model.blocks = blocks
 
 
-def random_inputs(config: WanConfig, latent_shape: tuple[int, int, int, int], batch_size: int) -> dict[str, Tensor]:
-    """Keyword arguments of a call, on the current default device."""
-    sizes = latent_shape[1:]
-    given = {
-        "x_BCTHW": torch.randn(batch_size, config.out_channels, *sizes),
-        "timestep": torch.full((batch_size,), 500.0),
-        "context_BLD": torch.randn(batch_size, config.text_len, config.text_dim),
-    }
-    if config.condition_channels:
-        given["y_BCTHW"] = torch.randn(batch_size, config.condition_channels, *sizes)
-    if config.image_dim is not None:
-        given["clip_BLD"] = torch.randn(batch_size, CLIP_TOKENS, config.image_dim)
-    return given
-
-
-def quantize_blocks(model: WanTransformer, scheme: str) -> None:
-    """Every linear of the blocks but P in 8 bits, in place, without calibration: enough for a clock."""
-    for block in model.blocks:
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear) and not name.endswith("proj_l"):
-                block.set_submodule(name, QuantLinear.from_linear(layer, scheme))
-
-
 def timed(call: Callable[[], Any], device: torch.device, repeats: int, warmup: int) -> dict[str, Any]:
-    """{"median_s", "min_s", "max_s"} of a call; it runs once more than `warmup` says, which compiles and tunes."""
-    seconds: list[float] = []
-    for _ in range(1 + warmup + repeats):
+    """{"median_s", "min_s", "max_s", "repeats"} of a call, after `warmup` and one that compiles and tunes; fewer repeats than
+    asked where they take longer than PATIENCE_S."""
+    kept: list[float] = []
+    began = 0.0
+    for turn in range(1 + warmup + repeats):
         start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    kept = seconds[-repeats:]
-    return {"median_s": statistics.median(kept), "min_s": min(kept), "max_s": max(kept)}
+        end = time.perf_counter()
+        if turn > warmup:
+            kept.append(end - start)
+            began = began or start
+            if end - began > PATIENCE_S:
+                break
+    return {"median_s": statistics.median(kept), "min_s": min(kept), "max_s": max(kept), "repeats": len(kept)}
 
 
 def print_forward(result: dict[str, Any], console: Console | None = None) -> None:
@@ -156,16 +176,14 @@ def print_forward(result: dict[str, Any], console: Console | None = None) -> Non
     settings = result["settings"]
     shape = "x".join(map(str, settings["latent_shape"]))
     table = Table(title=f"one step of {settings['variant']}, latent {shape}, {settings['dtype']}, random weights")
-    bases = [name for name in result["rows"] if name.startswith("dense")]
     table.add_column("network")
-    compared = [f"{base} / this" for base in bases] + [f"100 {base} / 4 this" for base in bases]
-    for name in ("median", "min", *compared):
+    for name in ("median", "min", *(f"{TEACHER_CALLS} {teacher} / 4 this" for teacher in result["teachers"])):
         table.add_column(name, justify="right")
     for name, row in result["rows"].items():
         times = (f"{row[key] * 1e3:.1f} ms" for key in ("median_s", "min_s"))
-        # A guided teacher of 50 steps calls the network a hundred times, a Turbo model of 4 steps four times.
-        ratios = (
-            f"{row['speedup'][base] * factor:.{digits}f}" for factor, digits in ((1, 2), (25, 0)) for base in bases
-        )
+        ratios = (f"{row['speedup'][teacher] * TEACHER_CALLS / 4:.0f}" for teacher in result["teachers"])
         table.add_row(name, *times, *ratios)
-    (console or Console()).print(table)
+    console = console or Console()
+    console.print(table)
+    for name, meaning in result["teachers"].items():
+        console.print(f"{name}: {meaning}")

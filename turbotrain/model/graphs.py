@@ -59,8 +59,14 @@ class CudaRecorder:
             raise RuntimeError("more than half of the GPU's memory is taken")
         pool = next((graph.pool() for graph in self._graphs), None)  # a pool lives as long as a graph in it
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = call()
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = call()
+        except RuntimeError:
+            # A capture that fails leaves CUDA's random generator in capture: the end of one that succeeds takes it out.
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                torch.zeros(1, device="cuda")
+            raise
         self._graphs.add(graph)
         return Recording(result, graph.replay)
 
