@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from turbotrain.compose import UsageError
 from turbotrain.config import OptimSection
 from turbotrain.model.attention import SparseLinearAttention
-from turbotrain.model.wan import Block, CrossAttention, RMSNorm, SelfAttention, WanTransformer
+from turbotrain.model.attention_layers import CrossAttention, RMSNorm, SelfAttention
+from turbotrain.model.wan import Block, WanTransformer
 from turbotrain.training.optim import allocate_state, new_adamw
 from turbotrain.training.pieces import Piece, beside
 from turbotrain.training.roles import Role
