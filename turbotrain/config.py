@@ -146,7 +146,7 @@ class RcmSection:
     tangent_warmup: int = 1000
     tangent: str = "jvp"
     tangent_form: str = "rcm"
-    guidance: float = 5.0
+    guidance: float | None = None  # of the teacher; null: the variant's own, of the expert that is trained
     loss_scale: float = 100.0
     dmd_loss_scale: float = 1.0
     times_cm: TimeSection = field(default_factory=lambda: TimeSection(mean=0.7, std=1.6))
@@ -258,7 +258,8 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.output_dir) / self.name
+        """Of two experts each has a folder of its own."""
+        return Path(self.output_dir) / self.name / self.model.expert
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -292,6 +293,7 @@ def validate(config: Config) -> None:
     """
     _check_stages(config)
     _choice("model.variant", config.model.variant, tuple(VARIANTS))
+    _check_expert(config)
     _check_attention(config.attention)
     _check_data(config)
     for name in ("teacher", "sla"):
@@ -356,6 +358,17 @@ def _check_stages(config: Config) -> None:
         reject("name", config.name, "one folder name, without '/'")
     if config.rcm.composition == "merge" and "rcm" in config.stages and not {"merge", "sla"} & set(config.stages):
         reject("rcm.composition", "merge", "needs the stages sla and merge: stages=[sla,rcm,merge,...]")
+
+
+def _check_expert(config: Config) -> None:
+    experts, expert = VARIANTS[config.model.variant].experts, config.model.expert
+    if len(experts) == 1 and expert:
+        reject("model.expert", expert, f"{config.model.variant} has one network; leave it empty")
+    if len(experts) > 1:
+        _choice("model.expert", expert, experts)
+        for stage in ("quantize", "evaluate"):
+            if stage in config.stages:
+                reject("stages", stage, "samples with both experts, and a run trains one; leave it out")
 
 
 def _check_attention(attention: AttentionSection) -> None:
@@ -452,8 +465,9 @@ def _check_rcm(rcm: RcmSection) -> None:
     _choice("rcm.simulation_times", rcm.simulation_times, ("random", "fixed"))
     for name in ("batch_size", "student_update_freq", "save_every", "max_bad_steps"):
         _at_least(f"rcm.{name}", getattr(rcm, name), 1)
-    for name in ("tangent_warmup", "sample_every", "guidance"):
+    for name in ("tangent_warmup", "sample_every"):
         _at_least(f"rcm.{name}", getattr(rcm, name), 0)
+    _at_least("rcm.guidance", 0 if rcm.guidance is None else rcm.guidance, 0)
     if any(phase.dmd for phase in rcm.phases) and rcm.student_update_freq < 2:
         reject(
             "rcm.student_update_freq",

@@ -105,12 +105,15 @@ def find_inputs(config: Config, stage: str, selected: list[str]) -> dict[str, Pa
 def _locate(config: Config, stage: str, selected: list[str]) -> tuple[dict[str, Path], list[str]]:
     """(inputs by role, required roles that nothing provides)."""
     spec = SPECS[stage]
+    required = spec.inputs
+    if stage == "rcm" and config.model.expert == "high":
+        required = (*required, "low")
     found, missing = {}, []
-    for role in (*spec.inputs, *spec.optional):
+    for role in (*required, *spec.optional):
         path = _find(config, stage, role, selected)
         if path is not None:
             found[role] = path
-        elif role in spec.inputs:
+        elif role in required:
             missing.append(role)
     return found, missing
 
@@ -127,6 +130,8 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
         if config.model.codec:
             return resolve(config.model.codec)
         teacher = resolve(config.model.teacher)
+        if config.model.expert and not _holds_codec_beside(teacher):
+            teacher = _named_teacher(config)
         # A teacher may be bare weights: training needs no codec.
         return teacher if config.model.teacher and (not teacher.exists() or _holds_codec(teacher)) else None
     if role == "data":
@@ -134,7 +139,10 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
             return resolve(config.data.path) if config.data.path else None
         return own("data")
     if role == "teacher":
-        return own("teacher") or (resolve(config.model.teacher) if config.model.teacher else None)
+        return own("teacher") or (_named_teacher(config) if config.model.teacher else None)
+    if role == "low":
+        folder = config.run_folder.parent / "low" / "rcm"
+        return folder / "checkpoint" if status(folder) == "done" else None
     if role == "sla" and stage == "rcm" and config.rcm.composition != "sequential":
         return None
     if role == "student":
@@ -143,11 +151,21 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
     return own(role)
 
 
+def _named_teacher(config: Config) -> Path:
+    """`model.teacher`, of a two-expert folder the expert that is trained."""
+    from turbotrain.checkpoint.header import expert_folders
+
+    path = resolve(config.model.teacher)
+    pair = expert_folders(path) if config.model.expert else None
+    return path if pair is None else pair[("high", "low").index(config.model.expert)]
+
+
 def _remedy(role: str) -> str:
     return {
         "codec": "a VAE and a text encoder: set model.codec or model.teacher to a folder with them, or select the stage codec",
         "data": "shards of latents: select the stage data, or set data.kind=shards and data.path",
         "teacher": "a teacher: set model.teacher to its checkpoint, or select the stage teacher",
+        "low": "the low-noise expert's student: train that one first, with model.expert=low and the same name",
         "student": "a trained student: select or finish the stage rcm (or sla) first",
     }.get(role, f"the finished stage {role}: select it too, for example stages=[{role},...]")
 
@@ -182,12 +200,17 @@ def check_inputs(config: Config, selected: list[str]) -> None:
             )
 
 
+def _holds_codec_beside(path: Path) -> bool:
+    from turbotrain.checkpoint.components import published_part
+
+    return published_part("vae", path) is not None
+
+
 def _holds_codec(path: Path) -> bool:
     """A folder with a VAE in it (an official Wan folder too), or a checkpoint that says where its components lie."""
-    from turbotrain.checkpoint.components import published_part
     from turbotrain.checkpoint.header import inspect_checkpoint
 
-    if published_part("vae", path) is not None:
+    if _holds_codec_beside(path):
         return True
     return bool((inspect_checkpoint(path).metadata or {}).get("components"))
 

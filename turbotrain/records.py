@@ -47,6 +47,9 @@ def plan_stage(stage: str, folder: Path, fingerprint: dict[str, Any]) -> Plan:
 def make_fingerprint(config: Config, sections: Sequence[str], inputs: Mapping[str, Path]) -> dict[str, Any]:
     """Flat {setting: value} and {input/role: hash}: everything that shapes the stage's result."""
     settings: dict[str, Any] = {"seed": config.seed, "model.variant": config.model.variant}
+    # Only where they are used: runs without them are as they were.
+    used = {"model.expert": config.model.expert, "data.first_frame": config.data.first_frame}
+    settings.update({name: value for name, value in used.items() if value})
     for section in sections:
         settings.update(flatten(getattr(config, section), section))
     for role, path in inputs.items():

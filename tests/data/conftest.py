@@ -1,4 +1,4 @@
-"""The command-line tools are imported as modules; tiny networks are those of the pipeline's tests."""
+"""The command-line tools are imported as modules; every kind of network once, tiny."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_wan import KINDS, use_tiny, write_model
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.append(str(TESTS / "pipeline"))
-sys.path.insert(0, str(TESTS.parent / "tools"))
-
-from tiny_wan import KINDS, use_tiny, write_model  # noqa: E402  (needs the paths above)
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 
 @pytest.fixture(autouse=True)

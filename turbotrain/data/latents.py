@@ -48,7 +48,7 @@ class Batch:
     latents_BCTHW: Tensor | None
     embed_BLD: Tensor
     prompts: list[str]
-    latent_shape: tuple[int, ...]
+    latent_shape: tuple[int, int, int, int]
     conditioning: Conditioning = field(default_factory=Conditioning)
 
     @property
@@ -153,7 +153,9 @@ class LatentDataset:
         """float32 tensors of these samples, which must be of one shape, on the data set's device."""
         rows = [self.sample(index) for index in indices]
         latents = self._stack([row.latent_CTHW for row in rows])
-        shape = tuple(latents.shape[1:]) if latents is not None else tuple(self.needs.latent_shape or ())
+        shape = tuple(latents.shape[1:]) if latents is not None else self.needs.latent_shape
+        if shape is None or len(shape) != 4:
+            raise DatasetError(f"data: {self.folder}: latents have shape {shape}, expected (C, T, H, W)")
         image = Conditioning(self._stack([row.y_CTHW for row in rows]), self._stack([row.clip_LD for row in rows]))
         embeds = self._stack([row.embed_LD for row in rows])
         assert embeds is not None  # every sample has one

@@ -19,10 +19,16 @@ from turbotrain.losses.common import LossOutput, keep, sample_mean, sample_sum
 
 
 def backward_simulation(
-    student: Velocity, noise_BE: Tensor, draws: Sequence[Tensor] = (), noises: Sequence[Tensor] = ()
+    student: Velocity,
+    noise_BE: Tensor,
+    draws: Sequence[Tensor] = (),
+    noises: Sequence[Tensor] = (),
+    t_start_B: Tensor | None = None,
 ) -> Tensor:
     """G (B, E): the student's sample after 1 + len(draws) steps from pure noise at t = pi/2, with gradient through
     the last only.
+
+    t_start_B: another TrigFlow time to start from; `noise_BE` is then the noisy latent there.
 
     draws: TrigFlow times (B,), one per re-noising; each is lowered to the time before it if it lies above (fixed,
     decreasing inference times pass unchanged). noises: one (B, E) tensor per re-noising: x <- cos t' x0_hat + sin t'
@@ -30,7 +36,8 @@ def backward_simulation(
     """
     if len(draws) != len(noises):
         raise ValueError(f"one noise per re-noising time is needed, got {len(draws)} draws and {len(noises)} noises")
-    t = torch.full((len(noise_BE),), HALF_PI, dtype=torch.float64, device=noise_BE.device)
+    pure = torch.full((len(noise_BE),), HALF_PI, dtype=torch.float64, device=noise_BE.device)
+    t = pure if t_start_B is None else exact_trig(t_start_B)
     x_t_BE = noise_BE
     for draw_B, new_noise_BE in zip(draws, noises):
         with torch.no_grad():

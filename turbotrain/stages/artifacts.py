@@ -44,11 +44,12 @@ def codec_parts(context: StageContext) -> dict[str, Path]:
     folder = context.inputs.get("codec")
     if folder is None:
         return {}
-    beside = {name: path for name in COMPONENTS if (path := published_part(name, folder)) is not None}
-    if len(beside) == len(COMPONENTS):
+    wanted = (*COMPONENTS, *(("image_encoder",) if context.variant.config.image_dim is not None else ()))
+    beside = {name: path for name in wanted if (path := published_part(name, folder)) is not None}
+    if len(beside) == len(wanted):
         return beside
     named = read_meta(folder).components
-    return {name: Path(find_component(name, named, folder)) for name in COMPONENTS}
+    return {name: Path(find_component(name, named, folder)) for name in wanted}
 
 
 def load_codec(parts: Mapping[str, Path], device: torch.device, variant: Variant) -> tuple[VideoCodec, TextEncoder]:
@@ -116,23 +117,37 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
     takes_part = context.accelerator.is_main_process or context.engine in ("fsdp2", "zero3")
     if not section.sample_every or "codec" not in context.inputs or not takes_part:
         return None
+    if context.config.model.expert:
+        context.say("no samples while one expert of two is trained: its sampler needs both")
+        return None
     meta = CheckpointMeta(sampler=sampler_settings(context.config))
     pipe = make_pipeline(context, network, meta)
     dataset = context.dataset()
-    prompts = [dataset.prompt(index) for index in range(min(SAMPLES, len(dataset)))]
+    batch = dataset.batch(dataset.buckets[0][:SAMPLES])
+    negative_BLD = dataset.negative_LD.to(batch.embed_BLD).expand_as(batch.embed_BLD)
     teacher = context.config.sampler.teacher
     settings: dict[str, Any] = {"steps": teacher.steps, "guidance": teacher.guidance, "shift": teacher.shift}
-    data = context.config.data
 
     def sample(done: int) -> None:
         was_training = network.training
         how: dict[str, Any] = settings if mode == "teacher" else {"steps": 4}
-        result = pipe(prompts, mode=mode, seed=0, width=data.width, height=data.height, frames=data.frames, **how)
+        network.eval()
+        with torch.inference_mode():
+            latents_BCTHW = pipe.sample(
+                batch.embed_BLD,
+                range(len(batch.prompts)),
+                batch.latent_shape,
+                negative_BLD=negative_BLD,
+                conditioning=batch.conditioning,
+                mode=mode,
+                **how,
+            )
+            videos = pipe.decode(latents_BCTHW)
         network.train(was_training)
         if not context.accelerator.is_main_process:
             return
         folder = context.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / f"step_{done:08d}.png", png_bytes(contact_sheet(result.videos)))
+        write_bytes(folder / f"step_{done:08d}.png", png_bytes(contact_sheet(videos)))
 
     return sample

@@ -24,6 +24,7 @@ from turbotrain.diffusion.times import sample_lognormal, sample_uniform_shift
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant
 from turbotrain.model.wan import WanTransformer
+from turbotrain.stages.experts import HIGH, Range, time_range
 from turbotrain.stages.loading import BatchReader
 from turbotrain.training.flops import forward_flops
 from turbotrain.training.loop import LoopSettings
@@ -35,7 +36,8 @@ from turbotrain.training.seeding import StepRandom, derive_seed
 
 @dataclass(frozen=True)
 class StageContext:
-    """One stage of one run: its folder, and where its inputs lie (by role: codec, data, teacher, sla, rcm, merge, quantize)."""
+    """One stage of one run: its folder, and where its inputs lie (by role: codec, data, teacher, sla, rcm, merge, quantize;
+    low: the low-noise expert's student)."""
 
     name: str
     config: Config
@@ -61,6 +63,18 @@ class StageContext:
     def latent_shape(self) -> tuple[int, int, int, int]:
         data = self.config.data
         return self.variant.latent_shape(data.frames, data.height, data.width)
+
+    @property
+    def time_range(self) -> Range:
+        """RF times that the trained network answers for."""
+        return time_range(self.variant, self.config.model.expert)
+
+    @property
+    def guidance(self) -> float:
+        """Of the teacher that is distilled."""
+        low, high = self.variant.cfg
+        own = high if self.config.model.expert == HIGH else low
+        return own if self.config.rcm.guidance is None else self.config.rcm.guidance
 
     @property
     def seed(self) -> int:
@@ -162,11 +176,11 @@ class BatchSource:
         return batch, random
 
 
-def draw_times(times: TimeSection, random: StepRandom, stream: str) -> Tensor:
-    """RF times s (B,) float64 from the distribution that the recipe names."""
+def draw_times(times: TimeSection, random: StepRandom, stream: str, within: Range = (0.0, 1.0)) -> Tensor:
+    """RF times s (B,) float64 from the distribution that the recipe names, truncated to `within`."""
     if times.kind == "uniform_shift":
-        return sample_uniform_shift(random.uniform(stream), times.shift)
-    return sample_lognormal(random.normal(stream, ()), times.mean, times.std)
+        return sample_uniform_shift(random.uniform(stream), times.shift, *within)
+    return sample_lognormal(random.normal(stream, ()), times.mean, times.std, *within)
 
 
 def drop_captions(batch: Batch, negative_LD: Tensor, probability: float, random: StepRandom) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from turbotrain.checkpoint import load_transformer
-from turbotrain.data.latents import LatentDataset
+from turbotrain.data.latents import Batch, LatentDataset
 from turbotrain.diffusion.samplers import draw_noise, sample_turbo, seeded_generators
 from turbotrain.diffusion.velocity import bind
 from turbotrain.quant import quantize_transformer
@@ -59,14 +59,14 @@ def _calls(context: StageContext, dataset: LatentDataset, indices: range) -> Ite
     sampler, steps = context.config.sampler, context.config.quantize.steps
     times = [math.atan(sampler.sigma_max), *sampler.times][:steps]
     for index in indices:
-        embed_1LD = dataset.batch([index]).embed_BLD
+        batch = dataset.batch([index])
 
-        def call(model: nn.Module, embed_1LD: Tensor = embed_1LD, index: int = index) -> Tensor:
+        def call(model: nn.Module, batch: Batch = batch, index: int = index) -> Tensor:
             generators = seeded_generators([derive_seed(context.seed, "noise", index)], context.device)
             with torch.no_grad():
                 return sample_turbo(
-                    bind(model, embed_1LD),
-                    draw_noise((1, *context.latent_shape), generators),
+                    bind(model, batch.embed_BLD, **batch.conditioning.arguments),
+                    draw_noise((1, *batch.latent_shape), generators),
                     steps=steps,
                     sigma_max=sampler.sigma_max,
                     ode=sampler.ode,

@@ -10,14 +10,14 @@ from functools import partial
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turbotrain.config import PhaseSection
 from turbotrain.data.latents import Batch
-from turbotrain.diffusion.guidance import guided
-from turbotrain.diffusion.times import rf_to_trig
-from turbotrain.diffusion.velocity import Velocity, bind
-from turbotrain.losses import LossOutput, backward_simulation, critic, dcm, dmd, scm
+from turbotrain.diffusion.guidance import guided, switch_experts
+from turbotrain.diffusion.times import noise_trig, rf_to_trig
+from turbotrain.diffusion.velocity import BoundVelocity, Velocity, bind
+from turbotrain.losses import LossOutput, backward_simulation, boundary_consistency, critic, dcm, dmd, scm
 from turbotrain.losses.consistency import TangentForm, TangentMethod
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.wan import WanTransformer
@@ -28,6 +28,7 @@ from turbotrain.stages.artifacts import (
     write_model,
 )
 from turbotrain.stages.context import BatchSource, StageContext, draw_times
+from turbotrain.stages.experts import grid_range, times_within
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.meter import Work
@@ -43,7 +44,10 @@ class RcmTask:
     def __init__(self, context: StageContext) -> None:
         section = context.config.rcm
         self.section = section
-        self.sampler = context.config.sampler
+        self.within = context.time_range
+        self.fixed_times = times_within(self.within, context.config.sampler.times)
+        self.boundary = context.variant.boundary
+        self.guidance = context.guidance
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.teacher = context.frozen("teacher")
         self.network = student_network(context)
@@ -52,6 +56,8 @@ class RcmTask:
         if any(phase.dmd for phase in section.phases):
             fake = context.load("teacher")
             self.roles["critic"] = context.role("critic", fake, section.critic_optim, section.steps)
+        # The high-noise expert's consistency ends where the low-noise one takes over: its student is the boundary condition.
+        self.low = context.frozen("low") if "low" in context.inputs else None
         self.work = StepWork(context, self.network.attention_config)
 
     def plan(self, step: int, draw: int) -> Plan:
@@ -65,23 +71,40 @@ class RcmTask:
         for part in parts:
             if phase.cm != "none":
                 terms.append(partial(self._consistency_term, phase, step, *part))
+            if phase.cm == "scm" and self.low is not None:
+                terms.append(partial(self._boundary_term, *part))
             if dmd_step is not None:
                 terms.append(partial(self._score_term, *part))
         work = self.work.student(phase.cm, dmd_step is not None)
         return Plan("student", terms, len(parts), self.source.reader.metrics, work)
 
     def _consistency_term(self, phase: PhaseSection, step: int, batch: Batch, random: StepRandom) -> Term:
-        out = self._consistency_loss(phase, step, batch, random, bind(self.roles["student"].module, batch.embed_BLD))
+        out = self._consistency_loss(phase, step, batch, random, self._student(batch))
         # With every sample dropped nothing is learnt: a bad step, not one whose loss happens to be zero.
         lost = out.metrics["dropped"] / len(batch.prompts) if "dropped" in out.metrics else 0.0
         return Term(out.loss, {phase.cm: out.loss.detach(), **out.metrics}, lost)
 
+    def _boundary_term(self, batch: Batch, random: StepRandom) -> Term:
+        assert self.low is not None
+        assert self.boundary is not None
+        x0 = batch.latent_BCTHW
+        out = boundary_consistency(
+            self._student(batch),
+            _bound(self.low, batch),
+            x0,
+            random.normal("boundary_noise", x0.shape[1:]),
+            self.boundary,
+            loss_scale=self.section.loss_scale,
+            mask=batch.loss_mask,
+        )
+        return Term(out.loss, {"boundary": out.loss.detach()})
+
     def _score_term(self, batch: Batch, random: StepRandom) -> Term:
-        out = self._score_loss(batch, random, bind(self.roles["student"].module, batch.embed_BLD))
+        out = self._score_loss(batch, random, self._student(batch))
         return Term(out.loss, {"dmd": out.loss.detach(), **out.metrics})
 
     def _critic_term(self, batch: Batch, random: StepRandom) -> Term:
-        out = self._critic_loss(batch, random, bind(self.roles["student"].network, batch.embed_BLD))
+        out = self._critic_loss(batch, random, _bound(self.roles["student"].network, batch))
         return Term(out.loss, {"critic": out.loss.detach()})
 
     def _phase(self, step: int) -> tuple[PhaseSection, int | None]:
@@ -95,9 +118,13 @@ class RcmTask:
             begin += phase.steps
         raise IndexError(f"rcm: step {step} lies after the last phase ({begin} steps)")
 
+    def _student(self, batch: Batch) -> Velocity:
+        return _bound(self.roles["student"].module, batch)
+
     def _teacher(self, batch: Batch) -> Velocity:
         negative_BLD = self.source.dataset.negative_LD.float().expand_as(batch.embed_BLD)
-        return guided(bind(self.teacher, batch.embed_BLD), bind(self.teacher, negative_BLD), self.section.guidance)
+        negative = bind(self.teacher, negative_BLD, **batch.conditioning.arguments)
+        return guided(_bound(self.teacher, batch), negative, self.guidance)
 
     def _consistency_loss(
         self, phase: PhaseSection, step: int, batch: Batch, random: StepRandom, student: Velocity
@@ -106,7 +133,8 @@ class RcmTask:
         x0 = batch.latent_BCTHW
         noise = random.normal("noise", x0.shape[1:])
         if phase.cm == "dcm":
-            index = (random.uniform("dcm_index") * section.dcm_grid).long()
+            grid = grid_range(self.within, section.dcm_grid, section.dcm_shift)
+            index = grid.start + (random.uniform("dcm_index") * len(grid)).long()
             return dcm(
                 student,
                 self._teacher(batch),
@@ -117,6 +145,8 @@ class RcmTask:
                 steps=section.dcm_grid,
                 shift=section.dcm_shift,
                 loss_scale=section.loss_scale,
+                target=self._both(student, batch),
+                mask=batch.loss_mask,
             )
         warmup = section.tangent_warmup
         return scm(
@@ -124,39 +154,58 @@ class RcmTask:
             self._teacher(batch),
             x0,
             noise,
-            rf_to_trig(draw_times(section.times_cm, random, "times_cm")),
+            rf_to_trig(draw_times(section.times_cm, random, "times_cm", self.within)),
             min(1.0, step / warmup) if warmup else 1.0,
             tangent=cast(TangentMethod, section.tangent),
             form=cast(TangentForm, section.tangent_form),
             loss_scale=section.loss_scale,
+            mask=batch.loss_mask,
         )
 
+    def _both(self, student: Velocity, batch: Batch) -> Velocity:
+        """Who answers at the later point of a step: the student, below the boundary the low-noise expert's."""
+        if self.low is None or self.boundary is None:
+            return student
+        return switch_experts(student, _bound(self.low, batch), self.boundary)
+
     def _simulate(self, batch: Batch, random: StepRandom, student: Velocity, updates: int) -> Tensor:
-        shape = batch.latent_BCTHW.shape[1:]
-        again = updates % SIMULATION_STEPS
-        if self.section.simulation_times == "fixed":
-            fixed = batch.latent_BCTHW.new_tensor(self.sampler.times, dtype=torch.float64)
-            draws = [fixed[i].expand(len(batch.prompts)) for i in range(again)]
-        else:
-            draws = [
-                rf_to_trig(draw_times(self.section.times_dmd, random, f"simulation_time_{i}")) for i in range(again)
-            ]
+        """What the student makes of noise. A low-noise expert never sees noise alone: it begins with clean latents made noisy
+        at a time of its own, as the high-noise expert hands its result over."""
+        shape = batch.latent_shape
+        from_latents = self.within[1] < 1
+        is_fixed = self.section.simulation_times == "fixed"
+        passes = len(self.fixed_times) + (not from_latents) if is_fixed else SIMULATION_STEPS
+        again = updates % passes
+        draws = [self._simulation_time(i, batch, random) for i in range(again + from_latents)]
         noises = [random.normal(f"simulation_noise_{i}", shape) for i in range(again)]
-        return backward_simulation(student, random.normal("simulation_start", shape), draws, noises)
+        start = random.normal("simulation_start", shape)
+        if from_latents:
+            first, *draws = draws
+            start = noise_trig(batch.latent_BCTHW, start, first)
+            generated = backward_simulation(student, start, draws, noises, first)
+        else:
+            generated = backward_simulation(student, start, draws, noises)
+        return batch.conditioning.restore(generated)
+
+    def _simulation_time(self, i: int, batch: Batch, random: StepRandom) -> Tensor:
+        if self.section.simulation_times == "fixed":
+            return batch.embed_BLD.new_tensor(self.fixed_times[i], dtype=torch.float64).expand(len(batch.prompts))
+        return rf_to_trig(draw_times(self.section.times_dmd, random, f"simulation_time_{i}", self.within))
 
     def _score_loss(self, batch: Batch, random: StepRandom, student: Velocity) -> LossOutput:
         generated = self._simulate(batch, random, student, self.roles["student"].updates)
         noise = random.normal("score_noise", generated.shape[1:])
-        t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd"))
-        fake = bind(self.roles["critic"].network, batch.embed_BLD)
-        return dmd(generated, self._teacher(batch), fake, noise, t, loss_scale=self.section.dmd_loss_scale)
+        t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd", self.within))
+        fake = _bound(self.roles["critic"].network, batch)
+        scale = self.section.dmd_loss_scale
+        return dmd(generated, self._teacher(batch), fake, noise, t, loss_scale=scale, mask=batch.loss_mask)
 
     def _critic_loss(self, batch: Batch, random: StepRandom, student: Velocity) -> LossOutput:
         with torch.no_grad():
             generated = self._simulate(batch, random, student, self.roles["critic"].updates)
         noise = random.normal("score_noise", generated.shape[1:])
-        t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd"))
-        return critic(bind(self.roles["critic"].module, batch.embed_BLD), generated, noise, t)
+        t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd", self.within))
+        return critic(_bound(self.roles["critic"].module, batch), generated, noise, t, mask=batch.loss_mask)
 
     def updated(self, role: Role) -> None:
         if role.name == "student":
@@ -172,7 +221,7 @@ class StepWork:
 
     def __init__(self, context: StageContext, attention: AttentionConfig) -> None:
         self.context, self.attention = context, attention
-        self.teacher = 1.0 if context.config.rcm.guidance == 1 else 2.0
+        self.teacher = 1.0 if context.guidance == 1 else 2.0
 
     def student(self, cm: str, dmd: bool) -> Work:
         passes = {"scm": 4.0, "dcm": 4.0, "none": 0.0}[cm]
@@ -189,6 +238,11 @@ class StepWork:
         passes = {AttentionConfig(): dense}
         passes[self.attention] = passes.get(self.attention, 0.0) + student
         return self.context.work(self.context.config.rcm.batch_size, passes)
+
+
+def _bound(network: nn.Module, batch: Batch) -> BoundVelocity:
+    """A network with the text and the image of a batch."""
+    return bind(network, batch.embed_BLD, **batch.conditioning.arguments)
 
 
 def student_network(context: StageContext) -> WanTransformer:

@@ -24,6 +24,7 @@ class SlaTask:
     def __init__(self, context: StageContext) -> None:
         section = context.config.sla
         self.section = section
+        self.within = context.time_range
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = context.load("teacher")
         self.network.set_attention(attention_config(context.config))
@@ -42,13 +43,14 @@ class SlaTask:
     def _loss(self, batch: Batch, random: StepRandom) -> Term:
         x0 = batch.latent_BCTHW
         noise = random.normal("noise", x0.shape[1:])
-        s = draw_times(self.section.times, random, "times")
+        s = draw_times(self.section.times, random, "times", self.within)
         text = drop_captions(batch, self.source.dataset.negative_LD, self.section.caption_dropout, random)
-        student = bind(self.roles["student"].module, text)
+        given = batch.conditioning.arguments
+        student = bind(self.roles["student"].module, text, **given)
         if self.section.objective == "white_box":
-            out = sla_alignment(student, bind(self.teacher, text), x0, noise, s)
+            out = sla_alignment(student, bind(self.teacher, text, **given), x0, noise, s, batch.loss_mask)
         else:
-            out = flow_matching(student, x0, noise, s)
+            out = flow_matching(student, x0, noise, s, batch.loss_mask)
         return Term(out.loss, out.metrics)
 
     def updated(self, role: Role) -> None:

@@ -25,6 +25,7 @@ class TeacherTask:
     def __init__(self, context: StageContext) -> None:
         section = context.config.teacher
         self.section = section
+        self.within = context.time_range
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = initial_network(context)
         if section.cuda_graph and context.device.type == "cuda":
@@ -45,9 +46,10 @@ class TeacherTask:
 
     def _loss(self, batch: Batch, random: StepRandom) -> Term:
         noise = random.normal("noise", batch.latent_BCTHW.shape[1:])
-        s = draw_times(self.section.times, random, "times")
+        s = draw_times(self.section.times, random, "times", self.within)
         text = drop_captions(batch, self.source.dataset.negative_LD, self.section.caption_dropout, random)
-        out = flow_matching(bind(self.roles["teacher"].module, text), batch.latent_BCTHW, noise, s)
+        velocity = bind(self.roles["teacher"].module, text, **batch.conditioning.arguments)
+        out = flow_matching(velocity, batch.latent_BCTHW, noise, s, batch.loss_mask)
         return Term(out.loss, out.metrics)
 
     def updated(self, role: Role) -> None:
