@@ -42,7 +42,7 @@ class Conditioning:
     clean_frames_BT: Tensor | None = None
 
     @property
-    def arguments(self) -> dict[str, Tensor]:
+    def arguments(self) -> dict[str, Any]:
         """What is there, by the names that `diffusion.velocity.bind` and the network take."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
