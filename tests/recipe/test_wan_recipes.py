@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny_wan import FRAMES, HEIGHT, KINDS, WIDTH, use_tiny, write_model, write_
 
 from turbotrain.checkpoint import read_meta
 from turbotrain.compose import UsageError, recipe_names
-from turbotrain.config import load_config
+from turbotrain.config import Config, load_config
 from turbotrain.data.latents import LatentDataset
 from turbotrain.diffusion.velocity import Velocity
 from turbotrain.losses import LossOutput, critic
@@ -32,6 +33,11 @@ RECIPES = {
     "wan2.2_i2v_a14b": "two experts",
 }
 WAN = [name for name in recipe_names() if name.startswith("wan")]
+
+
+@cache
+def composed(recipe: str) -> Config:
+    return load_config([f"recipe={recipe}"])
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +99,7 @@ def arguments(recipe: str, model: Path, shards: Path, output: Path, *more: str) 
 
 @pytest.mark.parametrize("recipe", WAN)
 def test_networks_are_built_and_hold_the_published_parameters(recipe: str) -> None:
-    config = load_config([f"recipe={recipe}"])
+    config = composed(recipe)
     variant = VARIANTS[config.model.variant]
     with torch.device("meta"):
         network = WanTransformer(variant.config, AttentionConfig("sla"))
@@ -112,7 +118,7 @@ def test_networks_are_built_and_hold_the_published_parameters(recipe: str) -> No
 @pytest.mark.parametrize("recipe", WAN)
 def test_published_hyper_parameters(recipe: str) -> None:
     """formats.md, section 11; what is published for 1.3B and for 14B."""
-    config = load_config([f"recipe={recipe}"])
+    config = composed(recipe)
     rcm, sla, small = config.rcm, config.sla, recipe.endswith("1.3b_480p")
     assert (rcm.optim.lr, rcm.critic_optim.lr) == ((2e-6, 4e-7) if small else (1e-6, 1e-7))
     assert rcm.optim.betas == rcm.critic_optim.betas == [0.0, 0.999]
@@ -148,7 +154,7 @@ def test_computed_memory_is_what_the_page_says() -> None:
     ]
     assert sorted(row[0].strip(" `") for row in rows) == WAN
     for name, *figures in rows:
-        config = load_config([f"recipe={name.strip(' `')}"])
+        config = composed(name.strip(" `"))
         variant = VARIANTS[config.model.variant]
         network = variant.config
         channels, length, height, width = variant.latent_shape(
