@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import webdataset
 from shard_damage import EMBED, LATENT, SAMPLE_DAMAGE, replace_latent, samples, write
 
 from turbotrain.checkpoint.io import load_tensor
@@ -90,7 +91,6 @@ def test_an_error_while_reading_ahead_comes_with_its_own_step(tmp_path: Path) ->
 
 
 def test_webdataset_reads_what_is_written(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
     data = write(tmp_path / "data")
     shards = [str(shard) for shard in sorted(data.glob("*.tar"))]
     rows = list(webdataset.WebDataset(shards, shardshuffle=False))

@@ -82,7 +82,11 @@ def test_diffusers_network_keeps_its_islands() -> None:
     """What its `from_pretrained` keeps in float32; a cast of everything would be faster and is not what people run."""
     network: Any = random_diffusers_network(VARIANTS["shapes"].config, torch.device("cpu"), torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
-    for name in ("blocks.0.scale_shift_table", "blocks.0.norm2.weight", "condition_embedder.time_embedder.linear_1.weight"):
+    for name in (
+        "blocks.0.scale_shift_table",
+        "blocks.0.norm2.weight",
+        "condition_embedder.time_embedder.linear_1.weight",
+    ):
         assert dtypes[name] == torch.float32
     assert dtypes["blocks.0.attn1.to_q.weight"] == torch.bfloat16
     assert network.rope.freqs_cos.dtype == torch.float32

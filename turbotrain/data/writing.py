@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from webdataset.writer import TarWriter
 
 from turbotrain.checkpoint.atomic import new_file
 from turbotrain.checkpoint.io import load_tensor
@@ -45,7 +46,7 @@ class Sample:
     clip_LD: Tensor | None = None
 
     def members(self) -> dict[str, bytes]:
-        """{part: bytes} in the order in which they are written."""
+        """{part: bytes}."""
         tensors = {LATENT: self.latent_CTHW, EMBED: self.embed_LD, IMAGE: self.y_CTHW, CLIP: self.clip_LD}
         encoded = {part: _tensor_bytes(tensor) for part, tensor in tensors.items() if tensor is not None}
         return {**encoded, PROMPT: self.prompt.encode()}
@@ -85,7 +86,7 @@ class ShardFile:
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Append one sample; it is on disk when this returns."""
-        self._append(b"".join(_tar_member(f"{key}.{part}", data) for part, data in members.items()))
+        self._append(_encoded(key, members))
         self.done.add(key)
 
     def finish(self) -> None:
@@ -188,10 +189,12 @@ def _shape(entry: Entry, part: str) -> list[int]:
         return list(load_tensor(file.read(length), f"data: {entry.shard}, sample {entry.key}").shape)
 
 
-def _tar_member(name: str, data: bytes) -> bytes:
-    info = tarfile.TarInfo(name)  # owner, time and mode are tarfile's constants: equal samples make equal shards
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK)
+def _encoded(key: str, members: Mapping[str, bytes]) -> bytes:
+    """One sample as webdataset writes it, without the end of an archive. A fixed time: equal samples make equal shards."""
+    buffer = io.BytesIO()
+    with TarWriter(buffer, encoder=False, mtime=0) as writer:
+        writer.write({"__key__": key, **members})
+    return buffer.getvalue()[: sum(_BLOCK + -(-len(data) // _BLOCK) * _BLOCK for data in members.values())]
 
 
 def _tensor_bytes(tensor: Tensor) -> bytes:
