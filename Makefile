@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # One pinned, tested set of versions (torch included: the index decides between its CPU and CUDA builds).
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test soak lint format clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ demo: setup ## SLA, rCM, W8A8 and a report from the shipped teacher, on this mac
 test: setup lint ## everything that CI checks
 	$(RUN) -m pytest -q -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 --dist loadfile tests/triton
+
+soak: setup ## what is too long for CI: twenty kills, ten thousand steps of flat memory
+	$(RUN) -m pytest -q -s tests/soak
 
 lint: setup ## style, types, import contract
 	$(VENV)/bin/ruff check .

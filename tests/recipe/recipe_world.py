@@ -103,10 +103,20 @@ def train_here(*overrides: str) -> int:
 
 def train_on(processes: int, *overrides: str) -> None:
     """`train_here` on several processes, forked: a second instead of the fifteen of a launch. Raises if one fails."""
+    context = start_on(processes, *overrides)
+    while not context.join():
+        pass
+
+
+def start_on(processes: int, *overrides: str) -> mp.ProcessContext:
+    """The same without waiting."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_one_of, args=(processes, port, list(overrides)), nprocs=processes, start_method="fork")
+    arguments = (processes, port, list(overrides))
+    context = mp.start_processes(_one_of, args=arguments, nprocs=processes, join=False, start_method="fork")
+    assert context is not None
+    return context
 
 
 def _one_of(rank: int, processes: int, port: int, overrides: list[str]) -> None:
