@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turbokernels.tuning import Launch, interpreted
+from turbokernels.tuning import MAX_CANDIDATES, Launch, interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
 # The smallest normal float32: a scale below it counts as zero (quantize/reference.py).
@@ -149,8 +149,16 @@ def store_quantized(p_q, p_scale, row, WIDTH: tl.constexpr, CHUNK: tl.constexpr)
 def gelu_tanh(b_x):
     """0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3); the exponential in base 2."""
     # -2 sqrt(2 / pi) log2(e), and the same times 0.044715.
-    b_exponent = b_x * (-2.302208198 - 0.1029432397 * b_x * b_x)
-    return b_x / (1.0 + tl.exp2(b_exponent))
+    b_divisor = 1.0 + tl.exp2(b_x * (-2.302208198 - 0.1029432397 * b_x * b_x))
+    if INTERPRETED:
+        b_y = b_x / b_divisor
+    else:
+        # Two units in the last place, as the exponential; the division that Triton writes also scales extreme operands,
+        # in as many instructions as all the rest. By 2^126 and more this one gives 0, which is the limit here.
+        b_y = tl.inline_asm_elementwise(
+            "div.approx.f32 $0, $1, $2;", "=f,f,f", [b_x, b_divisor], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return b_y
 
 
 def check_row_kernel(op: str, x: Tensor, width: int, quantized: torch.dtype | None = None) -> None:
@@ -171,15 +179,22 @@ def check_row_kernel(op: str, x: Tensor, width: int, quantized: torch.dtype | No
 
 @functools.cache
 def row_launches(width: int, preferred: int = MAX_PER_THREAD) -> tuple[Launch, ...]:
-    """Candidates for rows of `width`: first the fewest warps that give a thread at most `preferred` of its features."""
-    launches = {}
-    for num_warps in (1, 2, 4, 8, 16):
-        # 8 features of a thread in a piece: one 16-byte load of 16-bit values.
-        chunk = min(256 * num_warps, max(32, triton.next_power_of_2(width)))
-        per_thread = triton.cdiv(width, chunk) * chunk // (32 * num_warps)
-        if per_thread <= MAX_PER_THREAD:
-            launches[Launch(num_warps, 1, CHUNK=chunk)] = per_thread
-    return tuple(sorted(launches, key=lambda launch: launches[launch] > preferred)[:4])
+    """Candidates for rows of `width`, at most MAX_CANDIDATES.
+
+    First those whose threads hold at most `preferred` features of a row, by how little their last piece reaches beyond it,
+    then by warps: few of them meet sooner.
+    """
+    ranks = {}
+    # 8 features of a thread in a piece are one 16-byte load of 16-bit values; 4 leave less of a last piece idle.
+    for features in (8, 4):
+        for num_warps in (1, 2, 4, 8, 16):
+            chunk = min(32 * features * num_warps, max(32, triton.next_power_of_2(width)))
+            padded = triton.cdiv(width, chunk) * chunk
+            per_thread = padded // (32 * num_warps)
+            if per_thread <= MAX_PER_THREAD:
+                rank = (per_thread > preferred, padded, features != 8, num_warps)
+                ranks.setdefault(Launch(num_warps, 1, CHUNK=chunk), rank)
+    return tuple(sorted(ranks, key=ranks.__getitem__)[:MAX_CANDIDATES])
 
 
 def as_samples(x: Tensor) -> Tensor:

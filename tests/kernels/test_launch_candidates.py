@@ -1,8 +1,9 @@
-"""Launch candidates of the attention kernels: few, distinct, and of tiles that divide the blocks, on every GPU."""
+"""Launch candidates: few, distinct, and of sizes that fit what they divide, on every GPU."""
 
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from turbokernels.attention_sparse.kernel_backward import backward_kv_candidates
 from turbokernels.attention_sparse.kernel_jvp import jvp_candidates
 from turbokernels.attention_tiles import Gpu
 from turbokernels.blocks import BLOCK_SIZES
-from turbokernels.tuning import MAX_CANDIDATES
-from turbokernels.w8a8.kernel import HOPPER_GLUON, HOPPER_POINTERS, HOPPER_TMA
+from turbokernels.fused_norm_modulate.kernel import PREFERRED
+from turbokernels.rows import MAX_PER_THREAD, MAX_WIDTH, row_launches
+from turbokernels.tuning import MAX_CANDIDATES, TABLES, Launch
+from turbokernels.w8a8 import kernel
 
 GPUS = [
     Gpu((8, 0), 163 << 10),
@@ -45,6 +48,30 @@ def test_quantised_attention_has_few_and_distinct_candidates() -> None:
         assert 1 <= len(set(launches)) == len(launches) <= MAX_CANDIDATES
 
 
-def test_int8_linears_have_few_candidates_on_hopper() -> None:
-    assert len(HOPPER_GLUON + HOPPER_TMA) <= MAX_CANDIDATES
-    assert len(HOPPER_TMA + HOPPER_POINTERS) <= MAX_CANDIDATES
+def test_int8_linears_have_few_candidates_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")  # which stands for a Hopper GPU
+    for gluon, describable in itertools.product((False, True), repeat=2):
+        monkeypatch.setattr(kernel, "has_gluon", lambda gluon=gluon: gluon)
+        launches = kernel.row_candidates(device, describable)
+        assert 1 <= len(set(launches)) == len(launches) <= MAX_CANDIDATES
+
+
+@pytest.mark.parametrize("width", [1, 48, 300, 1536, 5120, 8960, 13824, MAX_WIDTH])
+def test_rows_fit_their_threads(width: int) -> None:
+    for preferred in (40, MAX_PER_THREAD):
+        launches = row_launches(width, preferred)
+        assert 1 <= len(set(launches)) == len(launches) <= MAX_CANDIDATES
+        for launch in launches:
+            assert -(-width // launch["CHUNK"]) * launch["CHUNK"] <= MAX_PER_THREAD * 32 * launch.num_warps
+    idle = [-(-8960 // launch["CHUNK"]) * launch["CHUNK"] - 8960 for launch in row_launches(8960)]
+    assert idle[0] == min(idle) < 512  # the first launch is the one that idles least
+
+
+def test_a_shipped_table_lists_candidates_only() -> None:
+    entries = json.loads((TABLES / "nvidia_h200.json").read_text())["entries"]
+    rows = {"quantize_rows": MAX_PER_THREAD, "residual_norm": PREFERRED}
+    for op, preferred in rows.items():
+        for key, entry in entries[op].items():
+            assert Launch.from_json(entry) in row_launches(int(key.split(",")[0]), preferred), (op, key)
+    linears = [*kernel.HOPPER_GLUON, *kernel.HOPPER_TMA]
+    assert all(Launch.from_json(entry) in linears for entry in entries["w8a8_rows"].values())

@@ -83,7 +83,8 @@ def residual_norm_build(
 
 def rope_build(heads: int, warps: int, chunk: int, packed: bool = True, turned: bool = True) -> Build:
     types = {"p_x": "*bf16", "p_weight": "*fp32", "p_cos": "*fp32", "p_sin": "*fp32", "p_out": "*bf16", "length": "i32"}
-    types |= {"eps": "fp32"} | dict.fromkeys(("stride_xb", "stride_xl", "stride_xn", "stride_cos", "stride_sin"), "i32")
+    strides = ("stride_xb", "stride_xl", "stride_xn", "stride_out_b", "stride_out_l", "stride_cos", "stride_sin")
+    types |= {"eps": "fp32"} | dict.fromkeys(strides, "i32")
     constants: dict = {"PACKED": packed, "HEAD_DIM": 128, "WIDTH": heads * 128, "CHUNK": chunk}
     if not turned:
         constants |= dict.fromkeys(("p_cos", "p_sin"))

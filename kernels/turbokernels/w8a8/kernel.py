@@ -152,8 +152,10 @@ def _asynchronous(block_m: int, block_n: int, slots: int, num_warps: int, consum
 
 # Two groups that take turns on tiles of their own; or two that share one, which reads less and leaves gaps between tiles.
 HOPPER_GLUON = [
+    _asynchronous(128, 128, 4, 4, 2, 8),
     _asynchronous(128, 128, 5, 4, 2, 16),
     _asynchronous(128, 128, 5, 4, 2, 8),
+    _asynchronous(128, 256, 3, 8, 1, 16),
     _asynchronous(128, 256, 3, 8, 1, 8),
 ]
 # Triton waits for integer matrix instructions at the end of every step of K, so two programs per processor that fill each
@@ -175,7 +177,7 @@ def row_candidates(device: torch.device, describable: bool) -> list[Launch]:
         return OTHERS
     if not describable:
         return HOPPER_POINTERS
-    return [*HOPPER_GLUON, *HOPPER_TMA] if has_gluon() else [*HOPPER_TMA, *HOPPER_POINTERS]
+    return [*HOPPER_GLUON, *HOPPER_TMA[:3]] if has_gluon() else [*HOPPER_TMA, *HOPPER_POINTERS]
 
 
 def _describable(*operands: Tensor) -> bool:
