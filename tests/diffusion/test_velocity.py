@@ -214,3 +214,37 @@ def test_dit_reuses_the_block_lists_it_returned() -> None:
     held = velocity(moved, moved_time, selection=first.selection).v
     assert torch.equal(velocity(x, timestep, selection=first.selection).v, first.v)
     assert not torch.allclose(free, held)
+
+
+def test_text_is_encoded_once_by_networks_that_can() -> None:
+    class Encoding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.encoded: list[Tensor] = []
+
+        def encode_context(self, context_BLD: Tensor, clip_BLD: Tensor | None) -> Tensor:
+            assert clip_BLD is not None
+            self.encoded.append(context_BLD)
+            return -context_BLD
+
+        def forward(self, x_BE: Tensor, timestep: Tensor, context: Tensor, clip_BLD: Tensor | None = None) -> Tensor:
+            return x_BE * context.sum() + (0 if clip_BLD is None else clip_BLD.sum())
+
+    class Wrapped(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Tensor, **options: Tensor) -> Tensor:
+            return self.module(*args, **options)
+
+    network, x, timestep = Encoding(), torch.randn(1, 2), torch.tensor([500.0])
+    text, clip = torch.ones(1, 2, 2), torch.ones(1, 1, 1)
+    once = bind(network, text, encode_once=True, clip_BLD=clip)
+    for _ in range(3):
+        assert torch.equal(once(x, timestep).v, -4 * x)
+    assert len(network.encoded) == 1
+    for each in (bind(network, text, clip_BLD=clip), bind(Wrapped(network), text, encode_once=True, clip_BLD=clip)):
+        assert torch.equal(each(x, timestep).v, 4 * x + 1)
+    assert len(network.encoded) == 1

@@ -110,10 +110,8 @@ class BoundVelocity:
         """Context and conditioning as the network reads them at every call."""
         context = self.context_BLD.to(self.dtype)
         extras = {k: _cast(value, self.dtype) for k, value in self.conditioning.items()}
-        if not self.encode_once:
-            return context, extras
-        network: Any = getattr(self.model, "module", self.model)
-        return network.encode_context(context, extras.pop("clip_BLD", None)), extras
+        encode: Any = getattr(self.model, "encode_context", None) if self.encode_once else None
+        return (context, extras) if encode is None else (encode(context, extras.pop("clip_BLD", None)), extras)
 
     def _noisy_tokens(self, x_BCTHW: Tensor) -> Tensor:
         """(B, L) mask, 0 on tokens of clean frames: they get timestep 0 (raster order: a frame's tokens are
@@ -141,7 +139,7 @@ def bind(
     velocity comes back in float32, or float64 for a float64 x. `clean_BCTHW` with the boolean `clean_frames_BT`
     (TI2V-5B) fixes latent frames: they enter clean, with timestep 0 and zero tangent. What comes out there means
     nothing: exclude those frames from losses (`clean_frame_mask`) and put the clean latents back after sampling.
-    `encode_once`, for sampling: the network's `encode_context` reads the text at the first call, and not again.
+    `encode_once`, for sampling: a network with `encode_context` reads the text at the first call, and not again.
     """
     if (clean_BCTHW is None) != (clean_frames_BT is None):
         raise ValueError("clean_BCTHW and clean_frames_BT describe one thing: give both or neither")

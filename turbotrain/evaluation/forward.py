@@ -121,11 +121,12 @@ def attention_of(variant: Variant, kind: str) -> AttentionConfig:
 
 
 def network_call(network: nn.Module, given: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """A step as a sampler takes it: text (and CLIP tokens) are encoded once, before."""
-    plain = cast(WanTransformer, getattr(network, "module", network))
+    """A step as a sampler takes it: text (and CLIP tokens) are encoded once, before, by networks that can."""
     rest = dict(given)
-    x_BCTHW, timestep, context_BLD = (rest.pop(name) for name in ("x_BCTHW", "timestep", "context_BLD"))
-    context = plain.encode_context(context_BLD, rest.pop("clip_BLD", None))
+    x_BCTHW, timestep, context = (rest.pop(name) for name in ("x_BCTHW", "timestep", "context_BLD"))
+    encode = getattr(network, "encode_context", None)
+    if encode is not None:
+        context = encode(context, rest.pop("clip_BLD", None))
     return lambda: network(x_BCTHW, timestep, context, **rest)
 
 

@@ -155,7 +155,11 @@ class GraphCache:
 
 
 class GraphedNetwork(nn.Module):
-    """A network whose calls go through a GraphCache (build it with `GraphCache.network`); `module` is the network."""
+    """A network whose calls go through a GraphCache (build it with `GraphCache.network`); `module` is the network.
+
+    It has no `encode_context`: text that is read in the recording costs Wan 1.3B 0.4 ms a step on an H200, and encoding it
+    beside, launch by launch, 37 ms a video.
+    """
 
     def __init__(self, network: nn.Module, graphs: GraphCache) -> None:
         super().__init__()
