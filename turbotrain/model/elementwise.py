@@ -101,6 +101,24 @@ def gelu_linear(module: nn.Module, x: Dual) -> Dual:
     return linear(module, lift(fn.gelu_tanh, x))
 
 
+def feed_forward(first: nn.Module, second: nn.Module, x: Dual | Quantized, rows: int | None) -> Dual:
+    """second(GELU(first(x))); with `rows`, that many tokens after the other, because the hidden ones are the widest there are."""
+    values = x.values if isinstance(x, Quantized) else x.x
+    length = values.shape[1]
+    if rows is None or rows >= length or not (isinstance(x, Quantized) or _fuses(x)):
+        return gelu_linear(second, linear(first, x))
+    out = None
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        piece = x.rows(start, stop) if isinstance(x, Quantized) else Dual(x.x[:, start:stop])
+        piece_BRD = gelu_linear(second, linear(first, piece)).x
+        if out is None:
+            out = piece_BRD.new_empty(piece_BRD.shape[0], length, piece_BRD.shape[2])
+        out[:, start:stop] = piece_BRD
+    assert out is not None
+    return Dual(out)
+
+
 def for_readers(x_BLD: Tensor, readers: Iterable[nn.Module]) -> Dual | Quantized:
     """x as the linears that read it take it."""
     return quantize_for(common_scheme(readers), x_BLD) if _fuses(Dual(x_BLD)) else Dual(x_BLD)

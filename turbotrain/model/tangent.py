@@ -32,6 +32,13 @@ class Quantized(NamedTuple):
     scale: Tensor
     dtype: torch.dtype
 
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Tokens start to stop of values (B, L, K); start is a multiple of the scales' tile, where they have one."""
+        scale = self.scale
+        if scale.ndim == self.values.ndim:  # one scale for each 128 tokens
+            return Quantized(self.values[:, start:stop], scale[:, start // 128 : -(-stop // 128)], self.dtype)
+        return Quantized(self.values[:, start:stop], scale[:, start:stop], self.dtype)
+
 
 def wide(x: Tensor) -> Tensor:
     """x in the precision of the float32 islands: float32, or float64 when it already is."""

@@ -24,7 +24,7 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.attention_layers import CrossAttention, SelfAttention
 from turbotrain.model.elementwise import (
     Norm,
-    gelu_linear,
+    feed_forward,
     norm,
     residual,
     residual_norm,
@@ -46,6 +46,7 @@ class Block(nn.Module):
 
     smooth_attn, smooth_ffn: optional SmoothQuant vectors (D,) that divide the inputs of q, k, v and of ffn.0; the
     quantizer sets them and multiplies the weights. norm3 stands before cross-attention and is affine, as published.
+    ffn_rows: tokens (a multiple of 128) that pass the feed-forward at once in inference, to save memory; None: all.
     """
 
     smooth_attn: Tensor | None
@@ -55,6 +56,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.checkpointed = False
+        self.ffn_rows: int | None = None
         self.self_attn = SelfAttention(config, attention)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config)
@@ -112,7 +114,7 @@ class Block(nn.Module):
         x, h = residual_norm(x, h, gate, norm3, readers=(cross.q,))
         h = cross(h, text, clip)
         x, h = residual_norm(x, h, None, norm2, readers=(ffn[0],))
-        h = gelu_linear(ffn[2], linear(ffn[0], h))
+        h = feed_forward(ffn[0], ffn[2], h, self.ffn_rows)
         return residual(x, h, ffn_gate), selection
 
 
@@ -253,7 +255,8 @@ class WanTransformer(nn.Module):
         chosen: list[BlockMask | None] = []
         for layer, (text, clip), given in zip(self.blocks, sources, selection or [None] * len(self.blocks)):
             x, mask = layer(x, modulation, text, clip, rope_2LP, given)
-            chosen.append(mask)
+            if return_selection:
+                chosen.append(mask)  # at 720p the lists of 40 layers are 450 MB
 
         v = lift(self._unpatch, self.head(x, time), grid, block)
         out = (v.x,) if tangents is None else (v.x, v.t)

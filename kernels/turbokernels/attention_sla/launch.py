@@ -47,6 +47,7 @@ def sage_sla_op(
     v_scale = sage.value_scale(largest)
     keys, values = sage.quantize_keys(k, mean_BND.flatten(0, 1), block_k), sage.quantize_values(v, v_scale, block_k, pv)
     sparse = sage.attend(q, queries, keys, values, v_scale, kept, (block_q, block_k), k.shape[1], pv)
+    del queries, keys, values  # so that their memory serves the result: 1.2 GB at Wan 14B's 720p
     with torch.autocast(q.device.type, enabled=False):
         o, _ = apply_op(q, None, project_state(state, weight), sparse, None, flat(bias), feature_map)
     return o, kept
