@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from turbotrain.codecs import PromptEncoder, TextEncoder
 from turbotrain.codecs.cache import EmbeddingCache, default_folder, files_identity
-from turbotrain.codecs.prompts import WORKING_BYTES, encoding_device, is_plentiful, prompt_encoder
-from turbotrain.codecs.text import Int8WeightLinear, lent, quantize_linears
+from turbotrain.codecs.prompts import WORKING_BYTES, encoding_place, prompt_encoder
+from turbotrain.codecs.text import Int8WeightLinear, lent, quantize_linears, streamed
 from turbotrain.model.variants import WanConfig
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_the_cache_lies_where_the_user_keeps_caches(monkeypatch: pytest.MonkeyPa
 def test_without_a_cache_a_bad_encoder_is_told_of_at_once(places: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gives embeddings of width 64, but the network reads 4096"):
         prompt_encoder(places, WanConfig(dim=128, ffn_dim=128, num_heads=1, num_layers=1), CPU, None)
-    with pytest.raises(ValueError, match="text_device='tpu': choose one of auto, cpu, cuda"):
+    with pytest.raises(ValueError, match="text_device='tpu': choose one of auto, stay, visit, stream, cpu, cuda"):
         prompt_encoder(places, CONFIG, CPU, None, wanted="tpu")
     with pytest.raises(ValueError, match="text_dtype='int4': choose one of auto, float32, bfloat16, int8"):
         prompt_encoder(places, CONFIG, CPU, None, dtype="int4")
@@ -174,26 +174,37 @@ def test_weights_that_a_call_loads_outlive_it(places: dict[str, str], tmp_path: 
 @pytest.mark.parametrize(
     ("wanted", "device", "free", "expected"),
     [
-        ("auto", CPU, 0, CPU),
-        ("auto", CUDA, 11 * 2**30 + WORKING_BYTES + 1, CUDA),
-        ("auto", CUDA, 11 * 2**30 + WORKING_BYTES, CPU),
-        ("cpu", CUDA, 10**12, CPU),
-        ("cuda", CUDA, 0, CUDA),
-        ("cuda", CPU, 0, torch.device("cuda")),
+        ("auto", CPU, 0, ("cpu", CPU)),
+        ("auto", CUDA, 51 * 2**30 + 1, ("stay", CUDA)),  # half of the GPU is free beside it
+        ("auto", CUDA, 51 * 2**30, ("visit", CUDA)),
+        ("auto", CUDA, 11 * 2**30 + WORKING_BYTES + 1, ("visit", CUDA)),
+        ("auto", CUDA, 11 * 2**30 + WORKING_BYTES, ("stream", CUDA)),
+        ("stay", CUDA, 0, ("stay", CUDA)),
+        ("visit", CUDA, 10**12, ("visit", CUDA)),
+        ("stream", CUDA, 10**12, ("stream", CUDA)),
+        ("stream", CPU, 0, ("cpu", CPU)),
+        ("cpu", CUDA, 10**12, ("cpu", CPU)),
+        ("cuda", CUDA, 0, ("visit", CUDA)),
+        ("cuda", CPU, 0, ("visit", torch.device("cuda"))),
+        ("cuda", CUDA, 10**12, ("stay", CUDA)),
     ],
 )
 def test_the_encoder_computes_on_the_gpu_where_it_fits(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, device: torch.device, free: int, expected: torch.device
+    monkeypatch: pytest.MonkeyPatch, wanted: str, device: torch.device, free: int, expected: tuple[str, torch.device]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * 2**30))
-    assert encoding_device(wanted, device, 11 * 2**30) == expected
+    assert encoding_place(wanted, device, 11 * 2**30) == expected
 
 
-def test_the_encoder_stays_where_half_of_the_gpu_is_free_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (52 * 2**30, 80 * 2**30))
-    assert is_plentiful(CUDA, 11 * 2**30)
-    assert not is_plentiful(CUDA, 12 * 2**30)
-    assert not is_plentiful(CPU, 0)
+def test_a_streamed_encoder_gives_the_same_embeddings(text: TextEncoder) -> None:
+    before = {name: tensor.clone() for name, tensor in text.encoder.state_dict().items()}
+    expected_BLD = text.encode([PROMPT, ""])
+    with torch.inference_mode(), streamed(text.encoder, CPU):
+        assert torch.equal(text.encode([PROMPT, ""]), expected_BLD)
+    assert torch.equal(text.encode([PROMPT, ""]), expected_BLD)
+    after = text.encoder.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) and not after[name].is_inference() for name in before)
 
 
 def test_a_lent_module_gets_its_own_tensors_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from turbotrain.checkpoint.header import (
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "image_encoder")
 # Where the text encoder computes, and what its weights are (`codecs.prompts`).
-TEXT_DEVICES = ("auto", "cpu", "cuda")
+TEXT_DEVICES = ("auto", "stay", "visit", "stream", "cpu", "cuda")
 TEXT_DTYPES = ("auto", "float32", "bfloat16", "int8")
 # Official names first, then those of a diffusers pipeline.
 PUBLISHED_NAMES: dict[str, tuple[str, ...]] = {

@@ -1,7 +1,7 @@
 """Text embeddings as a pipeline needs them: each prompt is looked up in memory, then on disk, then encoded.
 
 The umT5 of Wan takes 11 GB in bf16, more than many networks. It is loaded when the first prompt needs it and leaves a GPU as soon
-as the prompts of a call are encoded, unless memory there is plentiful.
+as the prompts of a call are encoded, unless memory there is plentiful. Where it does not fit, its layers pass through one by one.
 
 Legend: B prompts, L tokens, D embedding width.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from turbotrain.checkpoint.components import TEXT_DEVICES, TEXT_DTYPES
 from turbotrain.codecs.cache import EmbeddingCache, files_identity
-from turbotrain.codecs.text import TextEncoder, lent
+from turbotrain.codecs.text import TextEncoder, lent, streamed
 from turbotrain.model.variants import WanConfig
 
 # Beside the weights: activations of one batch, and what the libraries allocate on their own.
@@ -32,7 +32,7 @@ class PromptEncoder:
 
     Args:
         load: makes the text encoder, on the CPU; called at most once, when it is first needed.
-        device: of the embeddings, and of the encoder where it fits (`encoding_device`).
+        device: of the embeddings, and of the encoder's work (`encoding_place`).
         wanted: a name of TEXT_DEVICES.
         cache: embeddings of earlier runs, or None.
     """
@@ -95,32 +95,35 @@ class PromptEncoder:
                 yield chunk, text.encode(chunk).cpu()
 
     def _at_work(self, text: TextEncoder) -> AbstractContextManager[None]:
-        if text.encoder.device.type != "cpu":  # it has moved there for good
+        if text.device.type != "cpu":  # it has moved there for good
             return nullcontext()
-        device = encoding_device(self.wanted, self.device, text.nbytes)
-        if not is_plentiful(device, text.nbytes):
+        way, device = encoding_place(self.wanted, self.device, text.nbytes)
+        if way == "stream":
+            return streamed(text.encoder, device)
+        if way == "visit":
             return lent(text.encoder, device)
-        with torch.inference_mode(False):
-            nn.Module.to(text.encoder, device)
+        if way == "stay":
+            with torch.inference_mode(False):
+                nn.Module.to(text.encoder, device)
         return nullcontext()
 
 
-def encoding_device(wanted: str, device: torch.device, nbytes: int) -> torch.device:
-    """Where an encoder of `nbytes` computes: `auto` is the pipeline's GPU if it is free enough, else the CPU."""
-    if wanted == "cpu" or (wanted == "auto" and device.type != "cuda"):
-        return torch.device("cpu")
-    if wanted == "cuda":
-        return device if device.type == "cuda" else torch.device("cuda")
-    free, _ = torch.cuda.mem_get_info(device)
-    return device if free > nbytes + WORKING_BYTES else torch.device("cpu")
+def encoding_place(wanted: str, device: torch.device, nbytes: int) -> tuple[str, torch.device]:
+    """How an encoder of `nbytes` computes, and where.
 
-
-def is_plentiful(device: torch.device, nbytes: int) -> bool:
-    """Whether an encoder of `nbytes` may stay: half of the GPU is still free beside it and all that is loaded already."""
-    if device.type != "cuda":
-        return False
+    `stay`: on the GPU from now on. `visit`: there until the prompts are encoded. `stream`: layer by layer. `cpu`: on the host.
+    `wanted` may be one of these. `auto`: the first of them that fits; half of the GPU must be free beside an encoder that stays;
+    the CPU where there is no GPU. `cuda`: stays or visits.
+    """
+    if wanted == "cpu" or (device.type != "cuda" and wanted != "cuda"):
+        return "cpu", torch.device("cpu")
+    device = device if device.type == "cuda" else torch.device("cuda")
+    if wanted not in ("auto", "cuda"):
+        return wanted, device
     free, total = torch.cuda.mem_get_info(device)
-    return free - nbytes > total / 2
+    if free - nbytes > total / 2:
+        return "stay", device
+    return ("visit" if wanted == "cuda" or free > nbytes + WORKING_BYTES else "stream"), device
 
 
 def prompt_encoder(

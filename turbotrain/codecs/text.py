@@ -24,6 +24,7 @@ from turbokernels.w8a8.api import dequantize_weight, quantize_weight
 
 from turbotrain.codecs.folders import reading, require_complete
 from turbotrain.codecs.official import is_official_file, load_umt5
+from turbotrain.placement.swap import Swap
 
 if TYPE_CHECKING:  # importing transformers takes seconds, which a command that fails on bad input should not pay
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -90,6 +91,11 @@ class TextEncoder:
         """What the weights take."""
         return sum(tensor.nbytes for tensor in _weights(self.encoder))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, although the table of embeddings may lie on the host (`streamed`)."""
+        return self.encoder.encoder.final_layer_norm.weight.device
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (B, L, D) float32, L = text_len; a longer prompt is cut, and a warning says so."""
@@ -102,10 +108,11 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        device = self.encoder.device
-        ids_BL, mask_BL = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        table: Any = self.encoder.get_input_embeddings()
+        words_BLD = table(tokens["input_ids"].to(table.weight.device)).to(self.device)
+        mask_BL = tokens["attention_mask"].to(self.device)
         self._tell_of_cuts(texts, mask_BL)
-        embeds_BLD = self.encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        embeds_BLD = self.encoder(inputs_embeds=words_BLD, attention_mask=mask_BL).last_hidden_state
         return embeds_BLD.float() * mask_BL[..., None]
 
     def _tell_of_cuts(self, texts: list[str], mask_BL: Tensor) -> None:
@@ -162,6 +169,19 @@ def lent(module: nn.Module, device: torch.device) -> Iterator[None]:
         with torch.inference_mode(False):
             for tensor, data in zip(tensors, own):
                 tensor.data = data
+
+
+@contextmanager
+def streamed(encoder: UMT5EncoderModel, device: torch.device) -> Iterator[None]:
+    """The encoder's layers on `device` one after the other inside, each while the one before computes: two of them are there at
+    once. The table of embeddings, of which a prompt reads a few rows, stays on the host."""
+    stack: Any = encoder.encoder
+    layers = Swap([list(stack.block)], device, pin=False)  # locking 9 GB takes longer than one pass over them
+    try:
+        with lent(stack.final_layer_norm, device):
+            yield
+    finally:
+        layers.close()
 
 
 def _weights(module: nn.Module) -> Iterator[Tensor]:
