@@ -21,6 +21,7 @@ from turbotrain.compose import UsageError, compose, reject
 from turbotrain.infer_config import (
     DTYPES,
     MODES,
+    OFFLOADS,
     OUTPUT_SUFFIXES,
     SAMPLINGS,
     SCHEMES,
@@ -31,6 +32,7 @@ from turbotrain.infer_config import (
     Request,
     prepare,
 )
+from turbotrain.infer_plan import memory_bytes, tile_pixels
 from turbotrain.model.attention_config import KINDS
 from turbotrain.model.variants import VARIANTS, Variant, variants_with
 from turbotrain.sizes import ADAPTIVE, check_names, video_size
@@ -61,6 +63,9 @@ def check(config: InferConfig) -> Request:
     _choice("text_dtype", config.text_dtype, TEXT_DTYPES)
     _choice("scheme", config.scheme, SCHEMES)
     _choice("scope", config.scope, SCOPES)
+    _choice("offload", config.offload, OFFLOADS)
+    memory_bytes(config.memory)
+    tile_pixels(config.vae_tiling)
     _choice("attention_kind", config.attention_kind, ("auto", *KINDS))
     _check_numbers(config)
     if config.weights == "random":
@@ -82,7 +87,8 @@ def check(config: InferConfig) -> Request:
     _check_image(config, variant)
     _check_components(config, glimpse, variant)
     _check_device("device", config.device)
-    _check_device("text_device", config.text_device)
+    if config.text_device == "cuda":
+        _check_device("text_device", config.text_device)
     request = Request(config, prompts, glimpse, variant)
     _check_output(request)
     return request

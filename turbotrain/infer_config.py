@@ -18,6 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("checkpoint", "random")
 SCOPES = ("video", "network")
 SCHEMES = ("auto", "none", "int8_channel", "int8_block128", "fp8_channel")
+OFFLOADS = ("auto", "none", "model", "blocks")
 OUTPUT_SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 # Free text: taken as typed, so that commas and quotes in a prompt need no escaping.
 TEXT_FIELDS = (
@@ -77,7 +78,16 @@ class InferConfig:
     text_encoder: str | None = _help(None, "text encoder: folder, official .pth or hub id, likewise")
     tokenizer: str | None = _help(None, "tokenizer: folder or hub id, likewise")
     image_encoder: str | None = _help(None, "CLIP of Wan 2.1 I2V: folder, official .pth or hub id, likewise")
-    text_device: str = _help("auto", "auto (the GPU while it encodes, if it fits) | cpu | cuda")
+    offload: str = _help(
+        "auto",
+        "auto (as planned) | none | model (only what computes is on the GPU) | blocks (and only some of a network)",
+    )
+    vae_tiling: str = _help("auto", "auto (whole frames if they fit) | none | pixels of a tile's side, such as 512")
+    memory: str = _help("auto", "auto (what is free on the GPU) | the most to use of it, such as 12GB")
+    text_device: str = _help(
+        "auto",
+        "auto (as planned) | stay | visit (while it encodes) | stream (layer by layer) | cpu | cuda (stay or visit)",
+    )
     text_dtype: str = _help("auto", "auto (bfloat16 for Wan) | float32 | bfloat16 | int8 (weights in half the memory)")
     text_cache: bool = _help(True, "generate: keep text embeddings in ~/.cache/turbotrain/text")
     count: int = _help(64, "evaluate: held-out prompts")

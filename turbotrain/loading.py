@@ -102,11 +102,18 @@ def load_prompt_encoder(
     return prompt_encoder(places, source.config, device, default, text_device, text_dtype, text_cache)
 
 
-def load_networks(source: Source, device: torch.device, dtype: torch.dtype | None) -> list[nn.Module]:
-    """Every network of the checkpoint on `device`; int8 layers stay int8 unless a dtype is given."""
+def load_networks(
+    source: Source, device: torch.device, dtype: torch.dtype | None, home: torch.device | None = None
+) -> list[nn.Module]:
+    """Every network of the checkpoint on `device`; int8 layers stay int8 unless a dtype is given.
+
+    home: where the weights are instead, in the precision for `device`, until something brings them there.
+    """
     attention = None if source.attention_kind is None else {"kind": source.attention_kind}
     return [
-        prepare_for_inference(load_transformer(folder, str(device), network_dtype(meta, device, dtype), attention))
+        prepare_for_inference(
+            load_transformer(folder, str(home or device), network_dtype(meta, device, dtype), attention)
+        )
         for folder, meta in zip(source.folders, source.metas)
     ]
 

@@ -26,12 +26,15 @@ from torch import Tensor, nn
 from turbotrain.checkpoint import CheckpointMeta
 from turbotrain.codecs import PromptEncoder, TextEncoder, VideoCodec
 from turbotrain.codecs.text import clean
+from turbotrain.codecs.tiles import decode_in_tiles
 from turbotrain.conditioning import Conditioning, condition_on_image
 from turbotrain.diffusion.samplers import draw_noise, seeded_generators
 from turbotrain.images import load_image
 from turbotrain.loading import load_codec, load_networks, load_prompt_encoder, read_source, resolve_device
 from turbotrain.model.graphs import GraphCache
 from turbotrain.model.variants import Variant, default_negative_prompt
+from turbotrain.placement.budget import Setting
+from turbotrain.placement.residence import Residence
 from turbotrain.sampling import (
     SamplerOptions,
     StepCallback,
@@ -84,6 +87,7 @@ class TurboPipeline:
         codec, text_encoder: shared freely between pipelines; they hold no state of a call. A plain TextEncoder stays where it is.
         variant: sampling defaults; `meta.sampler` overrides those of the Turbo sampler.
         components: places of further parts that are loaded when a call needs them (`image_encoder`).
+        setting: how the parts share the device; None: the networks stay where they are.
 
     Attributes:
         graphs: CUDA graphs of the networks, recorded where that pays; None launches every kernel of every step.
@@ -98,6 +102,7 @@ class TurboPipeline:
         meta: CheckpointMeta | None = None,
         device: str | torch.device = "cpu",
         components: dict[str, str] | None = None,
+        setting: Setting | None = None,
     ) -> None:
         if len(experts) != len(variant.experts):
             raise ValueError(
@@ -113,7 +118,9 @@ class TurboPipeline:
         self.variant = variant
         self.meta = meta
         self.components = components or {}
-        self.graphs = GraphCache() if self.device.type == "cuda" else None
+        self.setting = setting or Setting()
+        self.residence = None if setting is None else Residence(self.experts, self.device, setting)
+        self.graphs = GraphCache() if self.device.type == "cuda" and self.setting.graphs else None
 
     @classmethod
     def from_checkpoint(
@@ -128,6 +135,7 @@ class TurboPipeline:
         text_device: str = "auto",
         text_dtype: str = "auto",
         text_cache: Path | None = None,
+        setting: Setting | None = None,
     ) -> TurboPipeline:
         """Loads a Turbo checkpoint with the components that its metadata names.
 
@@ -142,6 +150,8 @@ class TurboPipeline:
                 metadata's; an official Wan folder or a diffusers pipeline brings its own.
             text_device, text_dtype: as `codecs.prompts.prompt_encoder` takes them.
             text_cache: folder of text embeddings, of earlier runs and for later ones; None: none.
+            setting: how the parts share the device, as `placement.plan.choose` finds it (its `text` then replaces `text_device`);
+                None: everything but the text encoder stays there.
 
         Raises:
             ValueError: a component is missing or of other dimensions, the variant is unknown, no such device, dense attention.
@@ -150,9 +160,11 @@ class TurboPipeline:
         place = resolve_device(device)
         places = source.find_components(components)
         codec = load_codec(source, places["vae"], place, dtype)
+        text_device = text_device if setting is None else setting.text
         text = load_prompt_encoder(source, places, place, dtype, text_device, text_dtype, text_cache)
-        experts = load_networks(source, place, dtype)
-        return cls(experts, codec, text, source.variant, source.meta, place, places)
+        home = torch.device("cpu") if setting is not None and setting.offload != "none" else place
+        experts = load_networks(source, place, dtype, home)
+        return cls(experts, codec, text, source.variant, source.meta, place, places, setting)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -164,6 +176,7 @@ class TurboPipeline:
         if len(experts) != len(self.experts):
             raise ValueError(f"{len(experts)} network(s) given: variant {self.variant.name} has {len(self.experts)}")
         other.experts = [expert.eval() for expert in experts]
+        other.residence = None
         other.meta = meta if meta is not None else self.meta
         return other
 
@@ -310,8 +323,10 @@ class TurboPipeline:
             if negative_BLD is None:
                 raise ValueError("negative_BLD is missing: teacher sampling needs the negative prompt's embedding")
         networks = self.experts if self.graphs is None else [self.graphs.network(expert) for expert in self.experts]
+        # Weights that come for a call of the network are not there between two.
+        encode_once = self.residence is None or not self.residence.swaps
         velocity = network_velocity(
-            networks, context_BLD, conditioning, self.variant.boundary, negative_BLD, cfg, encode_once=True
+            networks, context_BLD, conditioning, self.variant.boundary, negative_BLD, cfg, encode_once
         )
         generators = seeded_generators(seeds, self.device)
         noise_BCTHW = draw_noise((len(generators), *shape), generators)
@@ -325,7 +340,12 @@ class TurboPipeline:
 
     def decode(self, latents_BCTHW: Tensor) -> list[np.ndarray]:
         """One uint8 (T', H', W', 3) array a latent."""
-        frames_BTHWC = self.codec.decode(latents_BCTHW)
+        if self.residence is not None:
+            self.residence.release()
+        tile = self.setting.vae_tile
+        frames_BTHWC = (
+            self.codec.decode(latents_BCTHW) if tile is None else decode_in_tiles(self.codec, latents_BCTHW, tile)
+        )
         return list(torch.as_tensor(frames_BTHWC).cpu().numpy())
 
     def synchronize(self) -> None:

@@ -14,6 +14,7 @@ from turbotrain.evaluation.benchmark import benchmark, print_benchmark, seconds
 from turbotrain.evaluation.forward import TEACHER_CALLS, attention_of, benchmark_forward, default_dtype, print_forward
 from turbotrain.evaluation.random_weights import random_image_conditioning, random_pipeline
 from turbotrain.model.variants import Variant
+from turbotrain.placement.plan import Plan
 
 PROMPT = "two cats in boxing gloves fight on a lit stage while a crowd in the dark cheers, slow motion, close up"
 
@@ -33,18 +34,21 @@ def benchmark_random(
     warmup: int = 1,
     seed: int = 0,
     started: float | None = None,
+    plan: Plan | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Times one video of a pipeline with random weights phase by phase, then one step of the dense teachers.
 
     Args:
         attention_kind, scheme: of the Turbo networks, as `benchmark_forward` takes them.
+        plan: how the parts share the device; one that leaves less than all of it to them is measured without the teachers.
         started: `time.perf_counter()` when the process began to work, for the time to its first video; None: now.
         settings: further arguments of `benchmark`: `steps`, `mode`, `frames`, `height`, `width`, `fps`, ...
 
     Returns:
         What `benchmark` returns, with "cold_start_s" (from `started` to the first mp4, weights made instead of read), "forward"
-        (what `benchmark_forward` returns) and "teacher_over_dit": {teacher: TEACHER_CALLS of its steps / the `dit` phase}.
+        (what `benchmark_forward` returns) and "teacher_over_dit": {teacher: TEACHER_CALLS of its steps / the `dit`
+        phase}; with a plan its predictions, as "plan".
     """
     started = time.perf_counter() if started is None else started
     dtype = dtype or default_dtype(device)
@@ -57,6 +61,7 @@ def benchmark_random(
         dtype,
         text_device=text_device,
         text_dtype=text_dtype,
+        setting=None if plan is None else plan.setting,
     )
     if not cuda_graphs:
         pipe.graphs = None
@@ -68,6 +73,10 @@ def benchmark_random(
     if pipe.graphs is not None:
         pipe.graphs.clear()
     result["cold_start_s"] = making_s + result["first_video_s"]
+    if plan is not None:
+        result["plan"] = plan.to_dict()
+        if plan.setting.offload != "none" or plan.is_limited:
+            return result
     result["forward"] = benchmark_forward(
         variant,
         tuple(result["settings"]["latent_shape"]),
@@ -94,6 +103,12 @@ def print_random(result: dict[str, Any], console: Console | None = None) -> None
     console.print(
         f"from the process' start to its first mp4, weights made and not read: {seconds(result['cold_start_s'])}"
     )
+    if "plan" in result:
+        console.print(
+            f"planned: {result['plan']['peak_bytes'] / 2**20:,.0f} MiB, {seconds(result['plan']['seconds']['total'])}"
+        )
+    if "forward" not in result:
+        return
     print_forward(result["forward"], console)
     rows, dit_s = result["forward"]["rows"], result["phases"]["dit"]["median_s"]
     for name, ratio in result["teacher_over_dit"].items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from turbotrain.checkpoint.keymaps.vae import LATENT_STATISTICS
 from turbotrain.checkpoint.targets import config_json
 from turbotrain.codecs import PromptEncoder, TextEncoder, VideoCodec
-from turbotrain.codecs.prompts import encoding_device
+from turbotrain.codecs.prompts import encoding_place
 from turbotrain.codecs.text import quantize_linears
 from turbotrain.conditioning import Conditioning, condition_on_image
 from turbotrain.model.attention_config import AttentionConfig
@@ -26,6 +26,7 @@ from turbotrain.model.quant_linear import QuantLinear, prepare_for_inference
 from turbotrain.model.variants import Variant, WanConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
+from turbotrain.placement.budget import Setting
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -57,28 +58,38 @@ def random_pipeline(
     *,
     text_device: str = "auto",
     text_dtype: str = "auto",
+    setting: Setting | None = None,
 ) -> TurboPipeline:
     """Text encoder, networks and VAE; arguments as `random_network` and `TurboPipeline.from_checkpoint` take them."""
+    text_device = text_device if setting is None else setting.text
     prompts = _random_prompt_encoder(variant.config, device, dtype, text_device, text_dtype)
     codec = VideoCodec(_filled(_vae_on_meta(variant, dtype), device))
-    experts = [random_network(variant.config, attention, scheme, device, dtype) for _ in variant.experts]
-    return TurboPipeline(experts, codec, prompts, variant, device=device)
+    home = torch.device("cpu") if setting is not None and setting.offload != "none" else device
+    experts = [random_network(variant.config, attention, scheme, device, dtype, home) for _ in variant.experts]
+    return TurboPipeline(experts, codec, prompts, variant, device=device, setting=setting)
 
 
 @torch.no_grad()
 def random_network(
-    config: WanConfig, attention: AttentionConfig, scheme: str | None, device: torch.device, dtype: torch.dtype
+    config: WanConfig,
+    attention: AttentionConfig,
+    scheme: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    home: torch.device | None = None,
 ) -> WanTransformer:
-    """A network ready for inference, made block by block. scheme: of the blocks' linears but P, or None for floats."""
+    """A network ready for inference, made block by block. scheme: of the blocks' linears but P, or None for floats. home: where
+    the weights go from the device that makes them."""
     with torch.device("meta"):
         model = WanTransformer(config, attention).set_weight_dtype(dtype).eval().requires_grad_(False)
     for name, part in model.named_children():
         if name != "blocks":
-            _filled(part, device)
+            _filled(part, device, home)
     for block in model.blocks:
         _filled(block, device)
         if scheme is not None:
             quantize_block(block, scheme)
+        block.to(home)
     prepare_for_inference(model)
     return model
 
@@ -184,7 +195,8 @@ def _random_prompt_encoder(
             encoder: Any = UMT5EncoderModel(UMT5Config(**sizes))
         nn.Module.to(encoder, dtype=precision or getattr(torch, weights))
         nbytes = sum(parameter.nbytes for parameter in encoder.parameters())
-        _filled(encoder, encoding_device(wanted, device, nbytes))
+        way, place = encoding_place(wanted, device, nbytes)
+        _filled(encoder, place, place if way == "stay" else torch.device("cpu"))
         encoder.set_input_embeddings(encoder.shared)  # one parameter again: filling made two of it
         if weights == "int8":
             quantize_linears(encoder)
@@ -196,11 +208,13 @@ def _random_prompt_encoder(
 
 
 @torch.no_grad()
-def _filled(module: nn.Module, device: torch.device) -> Any:
-    """A module of the meta device with random weights on another."""
-    nn.Module.to_empty(module, device=device)
-    for name, parameter in module.named_parameters():
-        _random(name, parameter)
+def _filled(module: nn.Module, device: torch.device, home: torch.device | None = None) -> Any:
+    """A module with random weights, made on a device and kept there or at `home`, in place of those on the meta device."""
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                made = _random(name, torch.empty_like(parameter, device=device)).to(home)
+                setattr(owner, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
     return module
 
 
