@@ -6,24 +6,22 @@ import pytest
 import torch
 
 from turbotrain.codecs import PromptEncoder
-from turbotrain.codecs import prompts as prompts_module
 from turbotrain.stages.codec import tiny_text_encoder
 
 pytestmark = pytest.mark.gpu
 PROMPTS = ["a small red circle moves left slowly", "a large blue cross"]
 
 
-@pytest.mark.parametrize("plentiful", [False, True])
-def test_the_encoder_comes_and_goes(monkeypatch: pytest.MonkeyPatch, plentiful: bool) -> None:
-    monkeypatch.setattr(prompts_module, "is_plentiful", lambda *_: plentiful)
+@pytest.mark.parametrize("wanted", ["stay", "visit", "stream"])
+def test_the_encoder_comes_and_goes(wanted: str) -> None:
     text = tiny_text_encoder()
     expected_BLD = text.encode(PROMPTS)
     before = torch.cuda.memory_allocated()
     with torch.inference_mode():
-        embeds_BLD = PromptEncoder(lambda: text, torch.device("cuda"))(PROMPTS)
+        embeds_BLD = PromptEncoder(lambda: text, torch.device("cuda"), wanted)(PROMPTS)
     assert embeds_BLD.device.type == "cuda"
     assert torch.allclose(embeds_BLD.cpu(), expected_BLD, atol=1e-4)
-    assert text.encoder.device.type == ("cuda" if plentiful else "cpu")
-    if not plentiful:
+    assert text.device.type == ("cuda" if wanted == "stay" else "cpu")
+    if wanted != "stay":
         assert torch.equal(text.encode(PROMPTS), expected_BLD)
         assert torch.cuda.memory_allocated() - before <= embeds_BLD.nbytes + 2**20
