@@ -19,7 +19,7 @@ from typing import Any
 from turbotrain.config import Config
 
 # Settings that change how a stage runs but not what it produces: changing them makes nothing stale.
-NOT_IN_FINGERPRINT = {"save_every", "sample_every", "max_bad_steps", "latency_repeats"}
+NOT_IN_FINGERPRINT = {"save_every", "sample_every", "max_bad_steps", "guard", "fused", "latency_repeats"}
 HASHED_WHOLE = 256 * 2**20
 STAGE_FILE = "stage.json"
 

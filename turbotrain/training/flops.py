@@ -18,7 +18,8 @@ def forward_flops(config: WanConfig, attention: AttentionConfig, grid: tuple[int
     dim, ffn = config.dim, config.ffn_dim
     length = math.prod(n // p for n, p in zip(grid, config.patch_size))
     patch = math.prod(config.patch_size)
-    context = config.text_len + (CLIP_TOKENS if config.image_dim is not None else 0)
+    clip_tokens = CLIP_TOKENS if config.image_dim is not None else 0
+    context = config.text_len + clip_tokens
 
     self_linear = 8 * dim**2 * length
     cross_linear = 4 * dim**2 * (length + context)
@@ -28,8 +29,9 @@ def forward_flops(config: WanConfig, attention: AttentionConfig, grid: tuple[int
         attend += 6 * length * dim * config.head_dim  # state of keys and values, queries through it, projection
     block = self_linear + cross_linear + feed_forward + attend
     text = 2 * config.text_len * dim * (config.text_dim + dim)
+    image = 2 * clip_tokens * (config.image_dim or 0) * ((config.image_dim or 0) + dim)
     ends = 2 * length * dim * patch * (config.in_channels + config.out_channels)
-    return float(config.num_layers * block + text + ends)
+    return float(config.num_layers * block + text + image + ends)
 
 
 def _kept_keys(attention: AttentionConfig, length: int) -> float:
