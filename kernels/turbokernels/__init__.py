@@ -16,9 +16,11 @@ from turbokernels.attention_sla.api import sage_sla
 from turbokernels.attention_sparse.api import sparse_attention, sparse_attention_jvp
 from turbokernels.block_selection.api import select_blocks
 from turbokernels.blocks import BlockMask
+from turbokernels.conv3d.api import conv3d
 from turbokernels.fused_gate_residual.api import gate_residual, gate_residual_norm, gate_residual_norm_quantize
 from turbokernels.fused_norm_modulate.api import layer_norm_modulate, layer_norm_modulate_quantize
 from turbokernels.fused_rms_rope.api import rms_norm_rope
+from turbokernels.fused_rms_silu.api import rms_norm_silu
 from turbokernels.quantize.api import quantize_block, quantize_channel, quantize_token
 from turbokernels.w8a8.api import w8a8_linear
 
@@ -27,6 +29,7 @@ __all__ = [
     "add_linear_attention",
     "add_linear_attention_jvp",
     "attention_jvp",
+    "conv3d",
     "gate_residual",
     "gate_residual_norm",
     "gate_residual_norm_quantize",
@@ -38,6 +41,7 @@ __all__ = [
     "quantize_channel",
     "quantize_token",
     "rms_norm_rope",
+    "rms_norm_silu",
     "sage_attention",
     "sage_sla",
     "sage_sparse_attention",

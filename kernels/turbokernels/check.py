@@ -19,6 +19,7 @@ from torch import Tensor
 
 import turbokernels as tk
 from turbokernels import tuning
+from turbokernels.conv3d.api import has_kernel
 from turbokernels.tuning import interpreted
 from turbokernels.w8a8.api import quantize_weight
 
@@ -240,6 +241,24 @@ def _gate_residual(case: Case) -> list[Part]:
     return _compare(run, plain=ROUNDED, out=ROUNDED, h=ROUNDED, quantised=QUANTISED)
 
 
+def _rms_norm_silu(case: Case) -> list[Part]:
+    x, residual = case.stream(2)
+    weight = torch.rand(case.features, device=case.device)
+
+    def run(impl: str) -> dict[str, Tensor]:
+        total = x.clone()
+        return {"h": tk.rms_norm_silu(total, weight, residual, impl=impl), "total": total}
+
+    return _compare(run, h=ROUNDED, total=ROUNDED)
+
+
+def _conv3d(case: Case) -> list[Part]:
+    x = torch.randn(1, 5, 9, 70, 96, device=case.device).to(case.dtype)
+    weight = (torch.randn(3, 3, 3, 96, 96, device=case.device) / 50).to(case.dtype)
+    bias = torch.randn(96, device=case.device).to(case.dtype)
+    return _compare(lambda impl: {"y": tk.conv3d(x, weight, bias, impl=impl)}, y=ROUNDED)
+
+
 def _quantize(case: Case) -> list[Part]:
     (x,) = case.stream(1)
 
@@ -278,6 +297,8 @@ CHECKS: dict[str, Callable[[Case], list[Part]]] = {
     "rms_norm_rope": _rms_norm_rope,
     "layer_norm_modulate": _layer_norm_modulate,
     "gate_residual": _gate_residual,
+    "rms_norm_silu": _rms_norm_silu,
+    "conv3d": _conv3d,
     "quantize": _quantize,
     "w8a8_linear": functools.partial(_w8a8_linear, scheme="int8_channel"),
     "w8a8_linear int8_block128": functools.partial(_w8a8_linear, scheme="int8_block128"),
@@ -286,9 +307,10 @@ CHECKS: dict[str, Callable[[Case], list[Part]]] = {
 
 
 def ops_for(device: torch.device) -> list[str]:
-    """The checks that this device can run: fp8 needs compute capability 8.9."""
+    """The checks that this device can run: fp8 needs compute capability 8.9, convolutions have a kernel on 9.0 only."""
     has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    return [op for op in CHECKS if has_fp8 or "fp8" not in op]
+    has_conv3d = has_kernel(torch.empty(0, dtype=torch.bfloat16, device=device))
+    return [op for op in CHECKS if (has_fp8 or "fp8" not in op) and (has_conv3d or op != "conv3d")]
 
 
 def run_check(op: str, case: Case) -> Result:

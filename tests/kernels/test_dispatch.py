@@ -29,6 +29,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "rms_norm_rope": lambda **kw: tk.rms_norm_rope(Q, torch.ones(16), torch.ones(32, 4), torch.ones(32, 4), **kw),
     "layer_norm_modulate": lambda **kw: tk.layer_norm_modulate(FLAT, FLAT, FLAT, **kw),
     "gate_residual": lambda **kw: tk.gate_residual(FLAT, FLAT, FLAT, **kw),
+    "rms_norm_silu": lambda **kw: tk.rms_norm_silu(FLAT, torch.ones(16), **kw),
+    "conv3d": lambda **kw: tk.conv3d(Q[:, :, :, None], torch.ones(1, 1, 1, 4, 8), **kw),
     "layer_norm_modulate_quantize": lambda **kw: tk.layer_norm_modulate_quantize(FLAT, FLAT, FLAT, **kw),
     "gate_residual_norm": lambda **kw: tk.gate_residual_norm(FLAT, FLAT, FLAT, FLAT, FLAT, **kw),
     "gate_residual_norm_quantize": lambda **kw: tk.gate_residual_norm_quantize(FLAT, FLAT, FLAT, FLAT, FLAT, **kw),

@@ -11,7 +11,7 @@ from turbokernels.check import Case
 SMALL = Case(torch.device("cpu"), torch.float32, length=70, heads=1, dim=32, block_q=32, block_k=32, features=64)
 
 
-@pytest.mark.parametrize("op", [op for op in check.CHECKS if "fp8" not in op])
+@pytest.mark.parametrize("op", check.ops_for(SMALL.device))
 def test_every_op_is_green(op: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main(["--ops", op], SMALL) == 0, capsys.readouterr().out
     assert "all 1 ok" in capsys.readouterr().out

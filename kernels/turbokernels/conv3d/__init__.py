@@ -1,0 +1,1 @@
+"""Convolution over frames with channels last: what a video VAE computes."""
