@@ -122,8 +122,9 @@ def test_all_levels_survive_the_way_to_pixels_and_back() -> None:
     pixels_BCTHW = frames_to_pixels(frames_BTHWC, torch.float32)
     assert pixels_BCTHW.shape == (1, 3, 2, 16, 16)
     assert (pixels_BCTHW.min(), pixels_BCTHW.max()) == (-1, 1)
-    assert torch.equal(pixels_to_frames(pixels_BCTHW), frames_BTHWC)
-    assert torch.equal(pixels_to_frames(pixels_BCTHW * 3)[0, 0, 0, 0], torch.zeros(3, dtype=torch.uint8))  # clamped
+    pixels_BTHWC = pixels_BCTHW.movedim(1, -1)
+    assert torch.equal(pixels_to_frames(pixels_BTHWC), frames_BTHWC)
+    assert torch.equal(pixels_to_frames(pixels_BTHWC * 3)[0, 0, 0, 0], torch.zeros(3, dtype=torch.uint8))  # clamped
 
 
 def test_half_precision_weights_are_used_as_such(vae_folder: Path) -> None:

@@ -28,7 +28,7 @@ def decode_in_tiles(codec: VideoCodec, latents_BCTHW: Tensor, tile: int) -> Tens
     if len(rows) == len(columns) == 1:
         return codec.decode(latents_BCTHW)
     frames = None
-    weights = _weights(rows, stride_h, codec.device), _weights(columns, stride_w, codec.device)
+    weights = _weights(rows, stride_h, torch.device("cpu")), _weights(columns, stride_w, torch.device("cpu"))
     for (row, weight_H), (column, weight_W) in itertools.product(zip(rows, weights[0]), zip(columns, weights[1])):
         part_BTHWC = codec.decode(latents_BCTHW[..., row, column])
         if frames is None:
