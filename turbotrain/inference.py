@@ -14,7 +14,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +153,7 @@ def _load(config: InferConfig, plan: Plan | None) -> TurboPipeline:
 
 
 def _generate(request: Request, pipe: TurboPipeline, picture: Image.Image | None) -> None:
-    from turbotrain.evaluation.video import write_video
+    from turbotrain.evaluation.video import VideoSink, write_video
     from turbotrain.model.variants import default_negative_prompt
     from turbotrain.pipeline import NO_NEGATIVE
 
@@ -174,7 +174,10 @@ def _generate(request: Request, pipe: TurboPipeline, picture: Image.Image | None
             name = f"{names[index].stem}-step{step}{names[index].suffix}"
             write_video(Path(config.previews).expanduser() / name, frames_THWC, fps)
 
-        with _progress(f"video {start + 1}" if len(chunk) == 1 else f"videos {start + 1}-{start + len(chunk)}") as told:
+        label = f"video {start + 1}" if len(chunk) == 1 else f"videos {start + 1}-{start + len(chunk)}"
+        # Files grow while later frames are decoded, and batch by batch: an interruption in a long list keeps what is done.
+        with _progress(label) as told, ExitStack() as stack:
+            sinks = [stack.enter_context(VideoSink(name, fps)) for name in names]
             result = pipe(
                 [prompt for prompt, _ in chunk],
                 image=picture,
@@ -194,12 +197,11 @@ def _generate(request: Request, pipe: TurboPipeline, picture: Image.Image | None
                 negative_prompt=negative,
                 callback=told,
                 preview=preview if config.previews else None,
+                on_frames=lambda index, frames_THWC, sinks=sinks: sinks[index].write(frames_THWC),
             )
-        # Written as they come: an interruption in a long list keeps what is done.
-        for target, frames_THWC, (prompt, seed) in zip(names, result.videos, chunk):
-            written = write_video(target, frames_THWC, fps)
-            more = f" and {len(written) - 1} more" if len(written) > 1 else ""
-            _say(f"{written[0]}{more}  seed {seed}  {_shortened(prompt)}")
+        for sink, (prompt, seed) in zip(sinks, chunk):
+            more = f" and {len(sink.files) - 1} more" if len(sink.files) > 1 else ""
+            _say(f"{sink.files[0]}{more}  seed {seed}  {_shortened(prompt)}")
         phases = "  ".join(f"{name} {result.timings[name]:.2f} s" for name in ("text", "dit", "vae"))
         _say(f"{len(chunk)} video(s): {phases}")
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 Callback = Callable[[int, int], None]  # (step just done, steps in all)
 Preview = Callable[[int, int, np.ndarray], None]  # (index of the video, step just done, what its frames would be now)
+FramesCallback = Callable[[int, np.ndarray], None]  # (index of the video, its next frames)
 NO_NEGATIVE = "negative_prompt has no effect: the Turbo sampler has no guidance, only the teacher's sampler has"
 logger = logging.getLogger(__name__)
 
@@ -197,6 +198,7 @@ class TurboPipeline:
         batch_size: int | None = None,
         callback: Callback | None = None,
         preview: Preview | None = None,
+        on_frames: FramesCallback | None = None,
         **sampler: Unpack[SamplerOptions],
     ) -> PipelineResult:
         """Generates one video a prompt.
@@ -213,6 +215,8 @@ class TurboPipeline:
             callback: called after each network step with (step, steps).
             preview: called after each network step but the last with (index of the video, step, the frames of its clean
                 prediction); each costs a whole VAE decoding, which the timings leave out.
+            on_frames: called with (index of the video, the uint8 frames (t, H', W', 3) that follow those before) while later ones
+                are still being decoded: `VideoSink.write`, for instance.
             sampler: as `SamplerOptions` lists them.
 
         Raises:
@@ -257,7 +261,7 @@ class TurboPipeline:
                         self._step_clock(timings, settings.steps, rows, conditioning, callback, preview),
                     )
                 with self._phase(timings, "vae"):
-                    videos += self.decode(latents_BCTHW)
+                    videos += self.decode(latents_BCTHW, on_frames, rows.start)
                 latents.append(latents_BCTHW.float().cpu())
         return PipelineResult(
             videos, torch.cat(latents), prompts, row_seeds, float(self.variant.fps), timings, isinstance(prompt, str)
@@ -338,15 +342,24 @@ class TurboPipeline:
             )
         return conditioning.restore(latents_BCTHW).float()
 
-    def decode(self, latents_BCTHW: Tensor) -> list[np.ndarray]:
-        """One uint8 (T', H', W', 3) array a latent."""
+    def decode(
+        self, latents_BCTHW: Tensor, on_frames: FramesCallback | None = None, first: int = 0
+    ) -> list[np.ndarray]:
+        """One uint8 (T', H', W', 3) array a latent. `on_frames` is told as in `__call__`, of videos `first` and following."""
         if self.residence is not None:
             self.residence.release()
-        tile = self.setting.vae_tile
-        frames_BTHWC = (
-            self.codec.decode(latents_BCTHW) if tile is None else decode_in_tiles(self.codec, latents_BCTHW, tile)
-        )
-        return list(torch.as_tensor(frames_BTHWC).cpu().numpy())
+        if self.setting.vae_tile is not None:  # whose frames are all there or none
+            videos = list(decode_in_tiles(self.codec, latents_BCTHW, self.setting.vae_tile).cpu().numpy())
+            if on_frames is not None:
+                for index, frames_THWC in enumerate(videos):
+                    on_frames(first + index, frames_THWC)
+            return videos
+        out_BTHWC = self.codec.host_frames(latents_BCTHW)
+        for clips, frames_BTHWC in self.codec.decode_stream(latents_BCTHW, out_BTHWC):
+            for clip, frames_THWC in zip(clips, frames_BTHWC.numpy()):
+                if on_frames is not None:
+                    on_frames(first + clip, frames_THWC)
+        return list(out_BTHWC.numpy())
 
     def synchronize(self) -> None:
         """Waits for the device, so that a clock read afterwards means something."""

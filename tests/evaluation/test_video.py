@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import av
@@ -14,6 +16,7 @@ from PIL import Image
 
 from turbotrain.evaluation import video
 from turbotrain.evaluation.video import (
+    VideoSink,
     contact_sheet,
     data_uri,
     filmstrip,
@@ -146,3 +149,65 @@ def test_data_uri_holds_the_file() -> None:
     head, _, body = data_uri(data, ".webp").partition(",")
     assert head == "data:image/webp;base64"
     assert base64.b64decode(body) == data
+
+
+def pieces(clip_THWC: np.ndarray) -> list[np.ndarray]:
+    return [clip_THWC[:1], clip_THWC[1:5], clip_THWC[5:]]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp", ".png"])
+def test_pieces_make_the_file_of_the_whole(tmp_path: Path, suffix: str) -> None:
+    clip_THWC = moving_square()
+    whole = write_video(tmp_path / f"whole{suffix}", clip_THWC, fps=8)
+    with VideoSink(tmp_path / f"parts{suffix}", fps=8) as sink:
+        for piece_THWC in pieces(clip_THWC):
+            sink.write(piece_THWC)
+    assert len(sink.files) == len(whole)
+    for file, expected in zip(sink.files, whole):
+        assert file.name == expected.name.replace("whole", "parts")
+        assert file.read_bytes() == expected.read_bytes()
+
+
+def test_frames_are_encoded_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer asks for the second piece while nobody has made it: what it does with the first cannot wait for it."""
+    asked = threading.Event()
+    encode = video.encode_mp4
+
+    def observed(path: Path, arriving: Iterable[np.ndarray], fps: float) -> None:
+        def each() -> Iterator[np.ndarray]:
+            for index, piece_THWC in enumerate(arriving):
+                yield piece_THWC
+                if index == 0:
+                    asked.set()
+
+        encode(path, each(), fps)
+
+    monkeypatch.setattr(video, "encode_mp4", observed)
+    with VideoSink(tmp_path / "a.mp4") as sink:
+        sink.write(moving_square(3))
+        assert asked.wait(timeout=30)
+        sink.write(moving_square(2))
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 5
+
+
+def test_a_video_that_is_broken_off_leaves_nothing(tmp_path: Path) -> None:
+
+    def decode(sink: VideoSink) -> None:
+        sink.write(moving_square(3))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), VideoSink(tmp_path / "a.mp4") as sink:
+        decode(sink)
+    with pytest.raises(ValueError, match="frames are missing: a video has at least one"), VideoSink(tmp_path / "a.mp4"):
+        pass
+    with pytest.raises(ValueError, match=r"frames of \(40, 64\) follow frames of \(48, 64\)"):
+        write_video(tmp_path / "a.mp4", [moving_square(3), moving_square(3, 40)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sink_raises_what_writing_raised(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="cannot write"), VideoSink(tmp_path / "file" / "a.mp4") as sink:
+        sink.write(moving_square(2))
+    with pytest.raises(ValueError, match=r"suffix '.avi' names no format"):
+        VideoSink(tmp_path / "a.avi")

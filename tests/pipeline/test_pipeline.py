@@ -107,6 +107,26 @@ def test_progress_is_told_after_each_step(pipe: TurboPipeline) -> None:
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
+def test_frames_are_told_as_they_are_decoded(pipe: TurboPipeline) -> None:
+    """In order and all of them, for videos of several batches; the codec works a latent frame at a time here."""
+    told: dict[int, list[np.ndarray]] = {}
+    pipe.codec.chunk = 1
+    try:
+        result = pipe(
+            PROMPTS,
+            steps=1,
+            frames=5,
+            batch_size=2,
+            on_frames=lambda *frames: told.setdefault(frames[0], []).append(frames[1]),
+        )
+    finally:
+        pipe.codec.chunk = None
+    assert sorted(told) == list(range(len(PROMPTS)))
+    for index, video_THWC in enumerate(result.videos):
+        assert [len(frames_THWC) for frames_THWC in told[index]] == [1, 4]
+        assert np.array_equal(np.concatenate(told[index]), video_THWC)
+
+
 def test_previews_are_the_clean_predictions_of_all_steps_but_the_last(pipe: TurboPipeline) -> None:
     seen: dict[tuple[int, int], np.ndarray] = {}
     arguments = {"seeds": [4, 5, 6], "steps": 3, "ode": True, "frames": 5}

@@ -35,7 +35,7 @@ CLIP_TOKENS = 257
 # Query and key blocks that SLA's kernels run fastest with.
 BLOCKS = (128, 64)
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-_WAN_22_VAE = {
+WAN_22_VAE = {
     "base_dim": 160,
     "decoder_base_dim": 256,
     "z_dim": 48,
@@ -155,7 +155,7 @@ def _vae_on_meta(variant: Variant, dtype: torch.dtype) -> nn.Module:
     channels = variant.config.out_channels
     sizes: dict[str, Any] = {
         "wan2.1": {},  # diffusers' defaults
-        "wan2.2": _WAN_22_VAE,
+        "wan2.2": WAN_22_VAE,
         "shapes": {
             "base_dim": 8,
             "z_dim": channels,

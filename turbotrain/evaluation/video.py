@@ -1,7 +1,7 @@
 """Frames in, files out: mp4 (h264), gif, png and webp, written whole or not at all, and the strips that reports show.
 
 Every writer goes through a temporary file beside the destination and an atomic rename, so that a full disk, a lost permission or
-a kill leaves either the old file or the new one. mp4 needs no ffmpeg executable: PyAV brings its own libraries.
+a kill leaves either the old file or the new one.
 
 Shapes: T frames, H height, W width, C = 3 channels (RGB); frames are uint8.
 """
@@ -11,15 +11,19 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import itertools
 import os
+import queue
 import tempfile
-from collections.abc import Iterator, Sequence
-from fractions import Fraction
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
+
+from turbotrain.evaluation.mp4 import encode_mp4
 
 SUFFIXES = (".mp4", ".gif", ".png", ".webp")
 MIME = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png", ".webp": "image/webp"}
@@ -27,31 +31,85 @@ MIME = {".mp4": "video/mp4", ".gif": "image/gif", ".png": "image/png", ".webp": 
 _LOSSLESS_PIXELS = 1 << 20
 
 
-def write_video(path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: float = 16.0) -> list[Path]:
+def write_video(
+    path: str | os.PathLike[str], frames_THWC: np.ndarray | Iterable[np.ndarray], fps: float = 16.0
+) -> list[Path]:
     """Writes a clip in the format that the suffix of `path` names; returns the files written.
 
-    `.mp4` is h264 in yuv420p with its index in front; odd sizes are padded by repeating the last row or column, because that
-    pixel format has even sizes only. `.gif` and `.webp` are animated. `.png` is one file for one frame, else `name-0000.png`,
+    The clip comes whole, or in pieces (t, H, W, 3) that follow one another: mp4 encodes each as it comes. `.mp4` is h264 in
+    yuv420p with its index in front; odd sizes are padded by repeating the last row or column, because that pixel format has
+    even sizes only. `.gif` and `.webp` are animated. `.png` is one file for one frame, else `name-0000.png`,
     `name-0001.png`, ...
 
     Raises:
-        ValueError: an unknown suffix, or frames that are not uint8 (T, H, W, 3).
+        ValueError: an unknown suffix, frames that are not uint8 (T, H, W, 3), pieces of different sizes, or none.
         OSError: the destination cannot be written (read-only, full disk); nothing is left behind.
     """
     path = Path(path)
     check_suffix(path)
-    frames_THWC = check_frames(frames_THWC)
     if not fps > 0:
         raise ValueError(f"fps = {fps}: frames per second must be above 0")
     suffix = path.suffix.lower()
+    pieces = _checked_pieces([frames_THWC] if isinstance(frames_THWC, np.ndarray) else frames_THWC)
+    if suffix == ".mp4":
+        first_THWC = next(pieces)  # what is wrong with the frames shows before a file is made
+        with atomic_path(path) as temporary:
+            encode_mp4(temporary, itertools.chain([first_THWC], pieces), fps)
+        return [path]
+    frames_THWC = np.concatenate(list(pieces))
     if suffix == ".png":
         return _write_pngs(path, frames_THWC)
     with atomic_path(path) as temporary:
-        if suffix == ".mp4":
-            _encode_mp4(temporary, frames_THWC, fps)
-        else:
-            temporary.write_bytes(_animation(frames_THWC, fps, suffix))
+        temporary.write_bytes(_animation(frames_THWC, fps, suffix))
     return [path]
+
+
+class VideoSink:
+    """A video file in the making: `write` takes frames and returns at once, a thread encodes them.
+
+        with VideoSink(path, fps) as sink:
+            for frames_THWC in decoder:
+                sink.write(frames_THWC)
+
+    The block's end waits for the file, and raises what writing it raised; `files` then lists what was written. A block that
+    raises leaves no file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], fps: float = 16.0) -> None:
+        """Raises ValueError as `write_video` does for a suffix or a frame rate."""
+        self.path = Path(path)
+        check_suffix(self.path)
+        self.fps = fps
+        self.files: list[Path] = []
+        self._arriving: queue.SimpleQueue[np.ndarray | Exception | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._write, name=f"writing {self.path.name}", daemon=True)
+
+    def write(self, frames_THWC: np.ndarray) -> None:
+        """Frames (t, H, W, 3) that follow those before; they must not change afterwards."""
+        self._arriving.put(frames_THWC)
+
+    def __enter__(self) -> VideoSink:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._arriving.put(None if error is None else InterruptedError("the video's frames ended early"))
+        self._thread.join()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        try:
+            self.files = write_video(self.path, self._pieces(), self.fps)
+        except Exception as error:  # raised again where the frames come from
+            self._error = error
+
+    def _pieces(self) -> Iterator[np.ndarray]:
+        while (piece := self._arriving.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
@@ -92,6 +150,18 @@ def check_frames(frames_THWC: np.ndarray) -> np.ndarray:
             f"frames have dtype {frames_THWC.dtype}: expected uint8 (0 to 255); scale and round them first"
         )
     return frames_THWC
+
+
+def _checked_pieces(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    size: tuple[int, ...] | None = None
+    for piece in pieces:
+        piece_THWC = check_frames(piece)
+        size = size or piece_THWC.shape[1:]
+        if piece_THWC.shape[1:] != size:
+            raise ValueError(f"frames of {piece_THWC.shape[1:3]} follow frames of {size[:2]}: a video has one size")
+        yield piece_THWC
+    if size is None:
+        raise ValueError("frames are missing: a video has at least one")
 
 
 @contextlib.contextmanager
@@ -187,28 +257,6 @@ def webp_bytes(frames_THWC: np.ndarray, fps: float = 16.0) -> bytes:
 def data_uri(data: bytes, suffix: str) -> str:
     """`data:` address of a file with that suffix, for documents that must not refer to other files."""
     return f"data:{MIME[suffix.lower()]};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _encode_mp4(path: Path, frames_THWC: np.ndarray, fps: float) -> None:
-    count, height, width, _ = frames_THWC.shape
-    padded_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    try:
-        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = padded_THWC.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "14", "preset": "medium"}
-            for frame_HWC in padded_THWC:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
-        # A full disk shows up only when FFmpeg flushes its buffers, after the last call that could have raised: look at the file.
-        with av.open(str(path)) as container:
-            written = sum(1 for packet in container.demux(video=0) if packet.size)
-    except av.FFmpegError as error:
-        raise OSError(error.errno or 0, error.strerror or str(error)) from error
-    if written != count:
-        raise OSError(0, f"the encoder wrote {written} of {count} frames (is the disk full?)")
 
 
 def _animation(frames_THWC: np.ndarray, fps: float, suffix: str) -> bytes:
