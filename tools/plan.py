@@ -24,7 +24,7 @@ from turbotrain.infer_plan import gpu_of, memory_bytes, tile_pixels
 from turbotrain.model.attention_config import KINDS, AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant, WanConfig
 from turbotrain.placement.budget import Job
-from turbotrain.placement.gpus import GPUS, MEASURED, Gpu, find_gpu
+from turbotrain.placement.gpus import GPUS, HOPPER, MEASURED, Gpu, find_gpu
 from turbotrain.placement.plan import (
     CHOICES,
     DoesNotFit,
@@ -142,7 +142,9 @@ def _best(options: argparse.Namespace, model: Model, gpu: Gpu) -> Plan | DoesNot
     for scheme in _schemes(options, model):
         try:
             plans.append(
-                choose(_job(options, model, scheme), available, gpu, limits=_limits(options), host_memory=options.host)
+                choose(
+                    _job(options, model, scheme, gpu), available, gpu, limits=_limits(options), host_memory=options.host
+                )
             )
         except DoesNotFit as error:
             refusal = refusal or error
@@ -162,7 +164,7 @@ def _schemes(options: argparse.Namespace, model: Model) -> list[str | None]:
     return [None, "int8_channel"] if options.sampling == "teacher" else ["int8_channel", None]
 
 
-def _job(options: argparse.Namespace, model: Model, scheme: str | None) -> Job:
+def _job(options: argparse.Namespace, model: Model, scheme: str | None, gpu: Gpu) -> Job:
     variant, is_teacher = model.variant, options.sampling == "teacher"
     width, by, height = (options.resolution or "").partition("x")
     named = None if by else options.resolution
@@ -181,6 +183,7 @@ def _job(options: argparse.Namespace, model: Model, scheme: str | None) -> Job:
         steps=options.steps or (variant.teacher_steps if is_teacher else 4),
         guided=is_teacher,
         batch=options.batch_size,
+        conv_kernel=gpu.capability[0] == HOPPER,
         image=options.image or variant.config.model_type == "i2v",
     )
     _ = job.latent_shape  # raises for frames and sizes that the variant does not have

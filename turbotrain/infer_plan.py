@@ -11,7 +11,7 @@ from turbotrain.infer_config import InferConfig, Request
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import Variant
 from turbotrain.placement.budget import CONTEXT, Job
-from turbotrain.placement.gpus import MEASURED, Gpu, find_gpu
+from turbotrain.placement.gpus import HOPPER, MEASURED, Gpu, find_gpu
 from turbotrain.placement.plan import DoesNotFit, Options, Plan, choose, describe, gigabytes, memory_for, usable
 from turbotrain.sizes import video_size
 
@@ -144,6 +144,7 @@ def _plan_job(config: InferConfig, job: Job, device: torch.device) -> Plan:
         torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, free / total)), device)
     gpu = gpu_of(torch.cuda.get_device_name(device), total)
     host = psutil.virtual_memory().available
+    job = replace(job, conv_kernel=gpu.capability[0] == HOPPER)
     plan = choose(job, usable(free), gpu, limits=choices(config), host_memory=host)
     return replace(plan, is_limited=given is not None)
 

@@ -120,7 +120,10 @@ class TurboPipeline:
         self.meta = meta
         self.components = components or {}
         self.setting = setting or Setting()
-        self.residence = None if setting is None else Residence(self.experts, self.device, setting)
+        self.residence = None
+        if setting is not None:
+            self.residence = Residence(self.experts, self.device, setting)
+            codec.chunk = setting.vae_chunk
         self.graphs = GraphCache() if self.device.type == "cuda" and self.setting.graphs else None
 
     @classmethod

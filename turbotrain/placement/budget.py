@@ -27,6 +27,7 @@ class Job:
         scheme: of the 8-bit linears; None: 16-bit floats.
         steps: of the sampler. guided: each is two calls of the network.
         image: whether a first frame is given. text_int8: whether the text encoder's linears are in 8 bits.
+        conv_kernel: whether the VAE convolves with turbokernels, which have that kernel for Hopper alone.
     """
 
     variant: Variant
@@ -40,6 +41,7 @@ class Job:
     batch: int = 1
     image: bool = False
     text_int8: bool = False
+    conv_kernel: bool = True
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -73,7 +75,7 @@ class Setting:
         kept_blocks: how many fit, for `blocks`.
         text: how the text encoder computes: `stay` on the GPU, `visit` it while prompts are encoded, `stream` through it layer by
             layer, or on the `cpu`.
-        vae_chunk: latent frames that the VAE decodes together.
+        vae_chunk: latent frames that go through the VAE together.
         vae_tile: side, in pixels, of squares that it decodes one after the other; None: whole frames.
         ffn_rows: tokens of a video that pass a feed-forward together; None: all.
         graphs: whether small networks are recorded as CUDA graphs, which keep their activations' memory.
@@ -82,7 +84,7 @@ class Setting:
     offload: str = "none"
     kept_blocks: int = 0
     text: str = "visit"
-    vae_chunk: int = 1
+    vae_chunk: int = 2
     vae_tile: int | None = None
     ffn_rows: int | None = None
     graphs: bool = True
@@ -107,7 +109,7 @@ def phases(job: Job, setting: Setting) -> dict[str, Phase]:
     resident = always + (_networks(job) if setting.offload == "none" else 0)
     found = {"text": _text(job, setting, resident)}
     if job.image:
-        found["image"] = _image(job, resident)
+        found["image"] = _image(job, setting, resident)
     forward = _forward(job, setting)
     recorded = forward if is_recorded(job, setting) else 0
     found["dit"] = Phase(always + network_weights(job, setting), forward + _state(job, setting) + LIBRARIES)
@@ -153,15 +155,16 @@ def host_bytes(job: Job, setting: Setting) -> int:
 
 
 def decode_bytes(job: Job, setting: Setting) -> int:
-    """Activations of the VAE while it decodes, with the frames that it has made."""
-    vae = footprint.VAES[job.variant.vae]
-    pixels = inside = job.height * job.width
-    made = 0
+    """Activations of the VAE while it decodes; frames that are done are on the host."""
+    size = footprint.VAES[job.variant.vae]
+    pixels = job.height * job.width
     if setting.vae_tile is not None:
-        inside, _ = tiled_pixels(job.height, job.width, setting.vae_tile)
-        made = 3 * (2 + 1) * pixels * job.frames  # the sum of tiles in float16, and the frames in bytes
-    per_pixel = vae.decode_fixed + vae.decode_chunk * setting.vae_chunk + vae.frame * job.frames
-    return job.batch * (round(inside * per_pixel) + made)
+        pixels, _ = tiled_pixels(job.height, job.width, setting.vae_tile)
+    return round(pixels * (size.decode_fixed + size.decode_chunk * _chunk(job, setting.vae_chunk)))
+
+
+def _chunk(job: Job, frames: int) -> float:
+    return frames if job.conv_kernel else frames * footprint.VaeSize.PLAIN
 
 
 def _networks(job: Job) -> int:
@@ -181,12 +184,12 @@ def _text_weights(job: Job) -> int:
     return 0 if job.variant.vae == "shapes" else footprint.UMT5_XXL.weights(job.text_int8)
 
 
-def _image(job: Job, resident: int) -> Phase:
+def _image(job: Job, setting: Setting, resident: int) -> Phase:
     """The first frame's latent; Wan 2.1 I2V's CLIP comes after it, alone."""
     vae = footprint.VAES[job.variant.vae]
     clip = footprint.CLIP_BYTES if job.variant.config.image_dim is not None else 0
-    frames = 1 if job.variant.config.model_type == "ti2v" else job.frames
-    work = job.height * job.width * (vae.encode + vae.frame * frames)
+    chunk = 1 if job.variant.config.model_type == "ti2v" else setting.vae_chunk
+    work = job.height * job.width * (vae.encode_fixed + vae.encode_chunk * _chunk(job, chunk))
     return Phase(resident, max(round(work) + LIBRARIES, clip))
 
 

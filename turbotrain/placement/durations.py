@@ -29,7 +29,7 @@ SLA_BANDWIDTH = 1.9e12  # of choosing blocks and adding the linear branch: q, k 
 SLA_BYTES = 14
 ELEMENTWISE_BANDWIDTH = 3.7e12
 HOST_SECONDS_A_BLOCK = 5.6e-3  # that Python needs to launch a block's kernels: a floor for small videos
-VAE_RATE = 152e12  # of the convolutions, with everything around them
+VAE_RATE, VAE_PLAIN_RATE = 540e12, 300e12  # of turbokernels' convolutions and of PyTorch's, with everything around them
 TEXT_SECONDS = 0.048  # one prompt
 PAGEABLE = 6e9  # bytes/s from host memory that is not page-locked
 
@@ -117,7 +117,9 @@ def _vae_seconds(job: Job, setting: Setting, gpu: Gpu) -> float:
     pixels = job.height * job.width
     if setting.vae_tile is not None:
         _, pixels = tiled_pixels(job.height, job.width, setting.vae_tile)
-    flops = vae.decode_flops * job.frames * pixels * job.batch
+    flops = vae.decode_flops * job.batch
     if job.image and job.variant.config.model_type == "i2v":
-        flops += vae.encode_flops * job.frames * job.height * job.width
-    return flops / VAE_RATE * gpu.scaled_from(MEASURED, "bf16")
+        flops += vae.encode_flops
+    rate = VAE_RATE if job.conv_kernel else VAE_PLAIN_RATE
+    small = 1 + 0.09 / setting.vae_chunk**2  # few frames keep a GPU less busy
+    return flops * job.frames * pixels / rate * small * gpu.scaled_from(MEASURED, "bf16")

@@ -142,24 +142,26 @@ UMT5_XXL = TextSize(4096, 10240, 24, 2_100_305_920, 385_896_448, 130 * 10**6, 4.
 class VaeSize:
     """A VAE in 16 bits.
 
-    weights: bytes. decode_fixed, decode_chunk, encode: bytes of activations for one pixel of the frame; decode_chunk is for each
-    latent frame that is decoded with others. frame: bytes that grow with the video, for one pixel of one frame. decode_flops,
-    encode_flops: of one pixel of one frame.
+    weights: bytes. decode_fixed, encode_fixed: bytes of activations for one pixel of the frame; decode_chunk, encode_chunk: for
+    each latent frame that goes through together. decode_flops, encode_flops: of one pixel of one frame.
     """
+
+    # What PyTorch's convolutions take in place of turbokernels', relative to decode_chunk and encode_chunk.
+    PLAIN = 1.25
 
     weights: int
     decode_fixed: float
     decode_chunk: float
-    encode: float
-    frame: float
+    encode_fixed: float
+    encode_chunk: float
     decode_flops: float
     encode_flops: float
 
 
 # Of the published VAEs: traced (tests/placement), not measured.
 VAES = {
-    "wan2.1": VaeSize(253_785_062, 10_122, 0, 7_433, 6.5, 8.6e6, 5.1e6),
-    "wan2.2": VaeSize(1_409_377_336, 10_758, 0, 3_741, 6.5, 18.6e6, 3.5e6),
-    "shapes": VaeSize(2_000_000, 4_000, 0, 4_000, 6.5, 1e6, 1e6),
+    "wan2.1": VaeSize(253_785_062, 5_482, 3_097, 3_446, 2_354, 8.6e6, 5.1e6),
+    "wan2.2": VaeSize(1_409_377_336, 6_407, 3_633, 2_045, 1_330, 18.6e6, 3.5e6),
+    "shapes": VaeSize(2_000_000, 4_000, 1_000, 4_000, 1_000, 1e6, 1e6),
 }
 CLIP_BYTES = 2_530_000_000  # ViT-H/14 in float32, there for one image

@@ -9,6 +9,7 @@ import dataclasses
 import re
 
 GIB = 2**30
+HOPPER = 9  # first number of its capability
 
 
 @dataclasses.dataclass(frozen=True)
