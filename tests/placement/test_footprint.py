@@ -123,6 +123,7 @@ CASES = {
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # joined weights have addresses, these none
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_those_of_the_code(case: str, fake: FakeTensorMode) -> None:
     name, attention, scheme, frames, height, width, batch, timed, rows = CASES[case]
@@ -161,7 +162,7 @@ def test_the_vaes_activations_are_those_of_the_code(
     in_place: dict[str, Callable[..., Any]] = {"rms_norm_silu": lambda *_: None, "conv3d": convolved}
     monkeypatch.undo()
     monkeypatch.setattr(dispatch, "choose", lambda op, _impl, _device, table: in_place.get(op, table["reference"]))
-    size, frames, height, width = footprint.VAES[which], 17, 480, 832
+    size, frames, height, width = footprint.VAES[which], 13, 480, 832
     with fake:
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -172,7 +173,7 @@ def test_the_vaes_activations_are_those_of_the_code(
         _, *cells = VideoCodec(vae).latent_shape(frames, height, width)
         latents = torch.zeros(1, vae.config.z_dim, *cells, dtype=torch.bfloat16)
         pixels = torch.zeros(1, frames, height, width, 3, dtype=torch.uint8)
-        for chunk in (1, 4):
+        for chunk in (1, 2):
             with LiveBytes([*tensors(vae), latents]) as decoding, torch.inference_mode():
                 for piece in decode_chunks(vae, latents, chunk):
                     pixels_to_frames(piece)
