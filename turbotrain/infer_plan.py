@@ -141,7 +141,8 @@ def _plan_job(config: InferConfig, job: Job, device: torch.device) -> Plan:
     given = memory_bytes(config.memory)
     if given is not None:
         free = min(free, given - CONTEXT)
-        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, free / total)), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(max(0.0, min(1.0, free / total)), index)
     gpu = gpu_of(torch.cuda.get_device_name(device), total)
     host = psutil.virtual_memory().available
     job = replace(job, conv_kernel=gpu.capability[0] == HOPPER)

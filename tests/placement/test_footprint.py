@@ -123,7 +123,9 @@ CASES = {
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # joined weights have addresses, these none
+@pytest.mark.filterwarnings(
+    "ignore:Accessing the data pointer of FakeTensor"
+)  # joined weights have addresses, these none
 @pytest.mark.parametrize("case", CASES)
 def test_activations_are_those_of_the_code(case: str, fake: FakeTensorMode) -> None:
     name, attention, scheme, frames, height, width, batch, timed, rows = CASES[case]
