@@ -19,16 +19,16 @@ from turbotrain.placement.tiles import tiled_pixels
 WIDTHS = (1536, 5120)
 # Operations/s of the linears of a block, weighted as a block has them, quantisation included.
 LINEAR_RATES = {
-    None: (704e12, 704e12),
-    "int8_channel": (1052e12, 1298e12),
-    "fp8_channel": (892e12, 1171e12),
-    "int8_block128": (700e12, 863e12),  # two thirds of int8_channel: what its scales inside the sum cost a plain kernel
+    None: (726e12, 716e12),
+    "int8_channel": (1058e12, 1384e12),
+    "fp8_channel": (891e12, 1122e12),
+    "int8_block128": (705e12, 923e12),  # two thirds of int8_channel: what its scales inside the sum cost a plain kernel
 }
-ATTENTION_RATES = {"dense": (559e12, 575e12), "sla": (487e12, 477e12), "sage_sla": (571e12, 645e12)}
+ATTENTION_RATES = {"dense": (574e12, 573e12), "sla": (506e12, 532e12), "sage_sla": (615e12, 729e12)}
 SLA_BANDWIDTH = 1.9e12  # of choosing blocks and adding the linear branch: q, k twice, v and two results
 SLA_BYTES = 14
 ELEMENTWISE_BANDWIDTH = 3.7e12
-HOST_SECONDS_A_BLOCK = 5.6e-3  # that Python needs to launch a block's kernels: a floor for small videos
+HOST_SECONDS_A_BLOCK = 6.7e-3  # that Python needs to launch a block's kernels: a floor for small videos
 VAE_RATE, VAE_PLAIN_RATE = 540e12, 300e12  # of turbokernels' convolutions and of PyTorch's, with everything around them
 TEXT_SECONDS = 0.048  # one prompt
 PAGEABLE = 6e9  # bytes/s from host memory that is not page-locked
