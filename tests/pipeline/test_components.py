@@ -242,7 +242,7 @@ def test_infer_says_so_once_and_goes_on(
 
 def test_the_text_device_is_checked(checkpoint: Path) -> None:
     good = [f"checkpoint={checkpoint}", "prompt=x"]
-    with pytest.raises(UsageError, match="text_device='gpu': choose one of auto, cpu, cuda"):
+    with pytest.raises(UsageError, match="text_device='gpu': choose one of auto, stay, visit, stream, cpu, cuda"):
         load_request([*good, "text_device=gpu"])
     with pytest.raises(UsageError, match="text_dtype='int4': choose one of auto, float32, bfloat16, int8"):
         load_request([*good, "text_dtype=int4"])
