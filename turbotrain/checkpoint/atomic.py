@@ -29,8 +29,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         yield temporary
         for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         _swap(temporary, folder)
     except OSError as error:
         raise OSError(f"{folder}: the checkpoint could not be written ({error}); nothing was changed") from error
@@ -50,9 +50,9 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error}); nothing was changed") from error
     finally:
@@ -60,7 +60,8 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Force a file or folder to disk: before a rename that makes it the newest."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,7 +73,7 @@ def _swap(new: Path, folder: Path) -> None:
     """Put `new` in the place of `folder`. An old folder that holds more than a checkpoint is kept beside it."""
     if not folder.exists():
         os.rename(new, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
         return
     old = new  # after an exchange the old content has the new one's name
     if not _exchange(new, folder):
@@ -83,7 +84,7 @@ def _swap(new: Path, folder: Path) -> None:
         except OSError:
             os.rename(old, folder)
             raise
-    _sync(folder.parent)
+    sync(folder.parent)
     ours = {file.name for file in folder.iterdir()}
     strangers = [file.name for file in old.iterdir() if file.name not in ours and not file.name.startswith("model")]
     if strangers:

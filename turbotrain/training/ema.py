@@ -74,40 +74,6 @@ class PowerEMA:
         for name, tensor in (averaged | copied).items():
             tensor.copy_(self.shadow[name] if name in self.shadow else self.copied[name])
 
-    def to(self, device: torch.device | str) -> PowerEMA:
-        """Moves the average, for a network that was moved after this was made."""
-        self.shadow = {name: tensor.to(device) for name, tensor in self.shadow.items()}
-        self.copied = {name: tensor.to(device) for name, tensor in self.copied.items()}
-        return self
-
-    def network_state(self) -> dict[str, Tensor]:
-        """Names to tensors as a module's state dict has them: float32 averages and copied buffers."""
-        return {**self.shadow, **self.copied}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Flat, tensors only: `shadow.NAME`, `copied.NAME` and the profile's `gamma`."""
-        gamma = torch.tensor(self.gamma, dtype=torch.float64)
-        shadow = {f"shadow.{name}": tensor for name, tensor in self.shadow.items()}
-        return {"gamma": gamma, **shadow, **{f"copied.{name}": tensor for name, tensor in self.copied.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores what `state_dict` gave, strictly: same names, same shapes, same profile. Nothing changes on an
-        error."""
-        mine = self.state_dict()
-        if mine.keys() != state.keys():
-            raise ValueError(f"EMA state has other names: {_difference(state.keys(), mine.keys())}")
-        wrong = [k for k in mine if mine[k].shape != state[k].shape]
-        if wrong:
-            raise ValueError(f"EMA state has other shapes for {wrong[:5]}; is it of another variant?")
-        if not math.isclose(self.gamma, float(state["gamma"]), rel_tol=1e-9):
-            raise ValueError(
-                f"EMA state was averaged with gamma {float(state['gamma']):.4f}, this run uses {self.gamma:.4f}; "
-                "set the rate it had"
-            )
-        for name, tensor in mine.items():
-            if name != "gamma":
-                tensor.copy_(state[name])
-
 
 def _split(source: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(averaged, copied): floating-point parameters, and everything else that a state dict holds."""

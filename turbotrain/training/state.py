@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from turbotrain.checkpoint.atomic import sync
 from turbotrain.training.pieces import Piece, SavedPieces, write_pieces
 
 PREFIX = "step_"
@@ -104,7 +105,7 @@ class StateWriter:
             partial.mkdir(parents=True, exist_ok=True)
             path = partial / f"rank_{self.rank:05d}.safetensors"
             write_pieces(path, pieces)
-            _sync(path)
+            sync(path)
             (partial / f"done_{self.rank:05d}").touch()
             if self.rank == 0:
                 self._await_others(partial)
@@ -136,12 +137,12 @@ class StateWriter:
             done.unlink()
         description["files"] = {path.name: path.stat().st_size for path in sorted(partial.glob("rank_*"))}
         (partial / STATE_FILE).write_text(json.dumps(description))
-        _sync(partial / STATE_FILE)
-        _sync(partial)
+        sync(partial / STATE_FILE)
+        sync(partial)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        _sync(self.folder)
+        sync(self.folder)
         for old in saved_steps(self.folder)[: -self.keep]:
             shutil.rmtree(self.folder / f"{PREFIX}{old:08d}", ignore_errors=True)
 
@@ -197,12 +198,3 @@ def _description(state: Path) -> dict[str, Any]:
 
 def _object_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk before a rename makes it the newest state."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
