@@ -123,7 +123,7 @@ def test_a_failed_write_leaves_the_states_before_it(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state_module, "_sync", full)
+    monkeypatch.setattr(state_module, "sync", full)
     with pytest.raises(OSError, match=r"step_00000002: .*No space left on device.*free some space"):
         save(tmp_path, 2, keep=1)
     assert saved_steps(tmp_path) == [1]
