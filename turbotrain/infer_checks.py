@@ -109,7 +109,8 @@ def _check_random(config: InferConfig) -> Request:
         reject("batch_size", config.batch_size, "a video is timed alone: leave it out, or say scope=network")
     _check_size(config, variant)
     _check_device("device", config.device)
-    _check_device("text_device", config.text_device)
+    if config.text_device == "cuda":
+        _check_device("text_device", config.text_device)
     request = Request(config, [], None, variant)
     _check_output(request)
     return request

@@ -94,6 +94,20 @@ def test_bad_keys_are_usage_errors(checkpoint: Path, argument: str, message: str
         load_request([f"checkpoint={checkpoint}", PROMPT, argument])
 
 
+@pytest.mark.parametrize("place", ["stay", "visit", "stream", "cpu"])
+def test_the_text_encoder_may_be_anywhere(checkpoint: Path, place: str) -> None:
+    random = [
+        "mode=benchmark",
+        "weights=random",
+        "variant=wan2.1_t2v_14b",
+        "memory=12GB",
+        "offload=blocks",
+        "vae_tiling=512",
+    ]
+    for arguments in ([f"checkpoint={checkpoint}", PROMPT], random):
+        assert load_request([*arguments, f"text_device={place}"]).config.text_device == place
+
+
 # ---- the job that a command line means -------------------------------------------------------------------------------
 
 

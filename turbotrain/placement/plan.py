@@ -22,7 +22,7 @@ Options = Mapping[str, Sequence[Any]]
 CHOICES: Options = {
     "offload": ("none", "model", "blocks"),
     "text": ("stay", "visit", "stream", "cpu"),
-    "vae_chunk": (4, 2, 1),
+    "vae_chunk": (2, 1),
     "vae_tile": (None, 512, 256),
     "ffn_rows": (None, FFN_ROWS),
     "graphs": (True, False),
