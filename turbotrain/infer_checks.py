@@ -262,7 +262,7 @@ def _check_image(config: InferConfig, variant: Variant | None) -> None:
         )
     if config.image and not Path(config.image).expanduser().is_file():
         reject("image", config.image, "no such file; name an image file")
-    if needs and not config.image and config.mode == "generate":
+    if needs and not config.image and config.mode != "evaluate":
         reject(
             "image", config.image, f"variant {variant.name if variant else '?'} starts from an image: say image=PATH"
         )

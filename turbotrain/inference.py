@@ -266,13 +266,19 @@ def _evaluate(request: Request, pipe: TurboPipeline) -> None:
 
 
 def _benchmark(request: Request, pipe: TurboPipeline) -> None:
+    from turbotrain.conditioning import Conditioning, condition_on_image
     from turbotrain.evaluation.benchmark import benchmark, print_benchmark
 
     config = request.config
     frames, height, width = _size(request, pipe.variant)
+
+    def conditioning(shape: tuple[int, int, int, int]) -> Conditioning:
+        return condition_on_image(pipe.variant, pipe.codec, config.image, shape, pipe.components, pipe.device)
+
     result = benchmark(
         pipe,
         request.prompts[0],
+        conditioning=conditioning if config.image else None,
         steps=config.steps,
         mode=config.sampling,
         repeats=config.repeats,

@@ -11,13 +11,14 @@ Shapes: B videos, C latent channels, T latent frames, H, W latent height and wid
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -78,6 +79,23 @@ class PipelineResult:
     def frames(self) -> Any:
         """The video itself where one prompt was given as a string, else the list of videos."""
         return self.videos[0] if self.single else self.videos
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_its_device(
+    method: Callable[Concatenate[TurboPipeline, P], R],
+) -> Callable[Concatenate[TurboPipeline, P], R]:
+    """The method with its pipeline's GPU as the current one, on which kernels are launched and graphs recorded."""
+
+    @functools.wraps(method)
+    def call(pipe: TurboPipeline, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device(pipe.device) if pipe.device.type == "cuda" else nullcontext():
+            return method(pipe, *args, **kwargs)
+
+    return call
 
 
 class TurboPipeline:
@@ -184,6 +202,7 @@ class TurboPipeline:
         other.meta = meta if meta is not None else self.meta
         return other
 
+    @_on_its_device
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -281,6 +300,7 @@ class TurboPipeline:
             variant.width if width is None else width,
         )
 
+    @_on_its_device
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D) float32 text embeddings; each distinct prompt is encoded once in the pipeline's life."""
         return self.prompts(prompts)
@@ -291,6 +311,7 @@ class TurboPipeline:
         """The numbers of the sampler for this checkpoint. Raises ValueError as `sampling.sampler_settings` does."""
         return sampler_settings(self.variant, self.meta.sampler if self.meta else None, steps, size, **sampler)
 
+    @_on_its_device
     def sample(
         self,
         context_BLD: Tensor,
@@ -345,6 +366,7 @@ class TurboPipeline:
             )
         return conditioning.restore(latents_BCTHW).float()
 
+    @_on_its_device
     def decode(
         self, latents_BCTHW: Tensor, on_frames: FramesCallback | None = None, first: int = 0
     ) -> list[np.ndarray]:

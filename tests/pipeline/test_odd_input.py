@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -219,3 +220,15 @@ def test_progress_is_for_people(
     assert main(arguments) == 0
     assert "video 1: decoding" in shown.getvalue()
     assert "2/2" in shown.getvalue()
+
+
+# -- benchmark ----------------------------------------------------------------------------------------
+
+
+def test_a_benchmark_sees_the_image(from_image: list[str], here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = [*from_image, "mode=benchmark", "repeats=1", "warmup=0"]
+    assert main(run) == 2
+    assert "starts from an image: say image=PATH" in capfd.readouterr().err
+    Image.new("RGB", (64, 64), "red").save(here / "red.png")
+    assert main([*run, "image=red.png", "json=b.json"]) == 0
+    assert json.loads((here / "b.json").read_text())["phases"]["image"]["median_s"] > 0

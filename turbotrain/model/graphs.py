@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple, Protocol
@@ -95,9 +95,9 @@ class GraphCache:
     def __init__(self, recorder: Recorder | None = None, limit: int = 2, largest: int = LARGEST) -> None:
         self._record = recorder or CudaRecorder()
         self._limit, self._largest = limit, largest
-        self._graphs: OrderedDict[int, _Graph] = OrderedDict()
-        self._ran: set[int] = set()  # eagerly: what happens only once, such as compilation, must not be recorded
-        self._refused: set[int | str] = set()
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._ran: set[Hashable] = set()  # eagerly: what happens only once, such as compilation, must not be recorded
+        self._refused: set[Hashable] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -120,12 +120,12 @@ class GraphCache:
         self._graphs.clear()
         self._ran.clear()
 
-    def run(self, network: nn.Module, weights: int, inputs: tuple, options: dict[str, Any]) -> Any:
+    def run(self, network: nn.Module, weights: Hashable, inputs: tuple, options: dict[str, Any]) -> Any:
         """network(*inputs, **options): eagerly at first, recorded the second time, replayed from then on."""
         leaves, form = tree_flatten((inputs, options))
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         others = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
-        key = hash((weights, str(form), others, tuple((x.shape, x.dtype, x.device) for x in given)))
+        key = (weights, str(form), others, tuple((x.shape, x.dtype, x.device) for x in given))
         graph = self._graphs.get(key)
         if graph is None and (
             key not in self._ran or key in self._refused or _size(network, inputs[0]) > self._largest
@@ -167,7 +167,7 @@ class GraphedNetwork(nn.Module):
         self._graphs = graphs
         # What a recording depends on besides its inputs: where it reads weights, and how it computes with them.
         addresses = tuple(x.data_ptr() for x in chain(network.parameters(), network.buffers()))
-        self._weights = hash((network.config, getattr(network, "attention_config", None), addresses))
+        self._weights = (network.config, getattr(network, "attention_config", None), addresses)
 
     def forward(self, x_BCTHW: Tensor, timestep: Tensor, context: Any, **options: Any) -> Any:
         """As the network's own."""
