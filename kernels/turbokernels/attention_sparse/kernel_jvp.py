@@ -94,7 +94,9 @@ def jvp_kernel(
         n_steps = n_kept * (BLOCK_K // T)
     if EXACT:
         # W V and rowsum(W) O nearly cancel. A pass of its own over the keys finds the mean of dS under P, without which
-        # W = P * (dS - mean) has no row sum.
+        # W = P * (dS - mean) has no row sum; in float64, as the backward's, since the mean may be far larger than the rest.
+        b_total = tl.zeros([R], tl.float64)
+        b_mean = tl.zeros([R], tl.float64)
         key_block = 0 if DENSE else tl.load(p_list)
         for step in range(0, n_steps):
             i_key, key_block = next_tile(p_list, key_block, step, n_kept, BLOCK_K, T, DENSE)
@@ -121,8 +123,10 @@ def jvp_kernel(
                     TK,
                     EXACT,
                 )
-                b_wsum = b_wsum * b_alpha + tl.sum(b_p * (b_ts * scale), 1)
-        b_mean = tl.div_rn(b_wsum, b_sum)
+                b_total = b_total * b_alpha + tl.sum(b_p.to(tl.float64), 1)
+                b_mean = b_mean * b_alpha + tl.sum(b_p.to(tl.float64) * b_ts * scale, 1)
+        if TQ or TK:
+            b_mean = b_mean / b_total
 
     key_block = 0 if DENSE else tl.load(p_list)
     for step in range(0, n_steps):
@@ -147,7 +151,7 @@ def jvp_kernel(
                 b_q, b_tq, b_k, p_tk, stride_tkb, stride_tkl, stride_tkn, i_key, length_k, R, T, D, TMA, TQ, TK, EXACT
             )
             if EXACT:
-                b_w = b_p * (b_ts * scale - b_mean[:, None])
+                b_w = (b_p * (b_ts.to(tl.float64) * scale - b_mean[:, None])).to(tl.float32)
             else:
                 # The sum is of the rounded values that multiply V: a V of constant rows must have no tangent from W.
                 b_w = (b_p * (b_ts * scale)).to(b_v.dtype)
