@@ -39,7 +39,7 @@ def choose(op: str, impl: str, device: torch.device, table: Mapping[str, Callabl
         name = "triton" if device.type == "cuda" and "triton" in table else "reference"
         if not torch.compiler.is_compiling():  # a log call would break the graph
             _log_choice(op, device.type, name)
-        return table[name]
+        return _there(table[name], name, device)
     if impl not in table:
         raise ValueError(f"{op}: there is no {impl} kernel for this op; use impl='reference' (or impl='auto')")
     if impl == "triton" and device.type != "cuda" and not interpreted():
@@ -47,4 +47,19 @@ def choose(op: str, impl: str, device: torch.device, table: Mapping[str, Callabl
             f"{op}: impl='triton' needs a CUDA device, the operands are on {device}; move them, or use impl='reference' "
             "(or impl='auto')"
         )
-    return table[impl]
+    return _there(table[impl], impl, device)
+
+
+def _there(run: Callable[..., Any], name: str, device: torch.device) -> Callable[..., Any]:
+    """`run`, on `device` where that is not the current GPU, which is the one that Triton launches on. Compiled code sees to
+    that itself."""
+    if name == "reference" or device.type != "cuda" or torch.compiler.is_compiling():
+        return run
+    if device.index is None or device.index == torch.cuda.current_device():
+        return run
+    return functools.partial(_run_on, device, run)
+
+
+def _run_on(device: torch.device, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.cuda.device(device):
+        return run(*args, **kwargs)

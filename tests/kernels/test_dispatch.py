@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -73,6 +74,24 @@ def test_a_kernel_without_a_gpu_is_refused_with_the_remedy(monkeypatch: pytest.M
         dispatch.choose("op", "triton", torch.device("cpu"), both)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.choose("op", "triton", torch.device("cpu"), both) is triton
+
+
+def test_a_kernel_runs_where_its_operands_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, whichever the operands are on."""
+    entered: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def device(there: torch.device) -> Iterator[None]:
+        entered.append(there)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    both = {"reference": reference, "triton": lambda x, y=0: (x, y)}
+    for impl in ("auto", "triton"):
+        assert dispatch.choose("op", impl, torch.device("cuda:1"), both)(1, y=2) == (1, 2)
+        assert dispatch.choose("op", impl, torch.device("cuda:0"), both)(1, y=2) == (1, 2)
+    assert entered == [torch.device("cuda:1")] * 2
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:

