@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,16 +110,18 @@ def test_one_pixel_fills_a_frame(tmp_path: Path) -> None:
     assert (frame_HWC == RED).all()
 
 
-def test_a_hundred_megapixels_are_read_quietly_and_averaged_down(tmp_path: Path) -> None:
+def test_a_hundred_megapixels_are_read_quietly_and_averaged_down(
+    tmp_path: Path, work_seconds: Callable[[], float]
+) -> None:
     side = 10_000
     large = Image.new("L", (side, side), 40)
     large.paste(200, (0, 0, side // 2, side // 2))
     large.save(tmp_path / "large.png", compress_level=1)
-    start = time.perf_counter()
+    start = work_seconds()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = load_image(tmp_path / "large.png")
-    assert time.perf_counter() - start < 10  # measured 0.7 s
+    assert work_seconds() - start < 10  # measured 0.7 s
     assert loaded.size == (side // 3 + 1, side // 3 + 1)
     assert loaded.width * loaded.height <= WORKING_PIXELS
     assert (loaded.getpixel((0, 0)), loaded.getpixel((3000, 3000))) == ((200, 200, 200), (40, 40, 40))
