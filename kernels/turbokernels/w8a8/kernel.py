@@ -152,11 +152,11 @@ def _asynchronous(block_m: int, block_n: int, slots: int, num_warps: int, consum
 
 # Two groups that take turns on tiles of their own; or two that share one, which reads less and leaves gaps between tiles.
 HOPPER_GLUON = [
-    _asynchronous(128, 128, 4, 4, 2, 8),
-    _asynchronous(128, 128, 4, 4, 2, 4),
     _asynchronous(128, 128, 4, 4, 2, 16),
+    _asynchronous(128, 128, 5, 4, 2, 8),
+    _asynchronous(128, 128, 5, 4, 2, 4),
+    _asynchronous(128, 128, 4, 4, 2, 4),
     _asynchronous(128, 256, 3, 8, 1, 16),
-    _asynchronous(128, 256, 3, 8, 1, 32),
 ]
 # Triton waits for integer matrix instructions at the end of every step of K, so two programs per processor that fill each
 # other's gaps come first, and tiles whose steps are long next.
