@@ -4,6 +4,10 @@
     python tools/merge.py --base Wan2.2-I2V-A14B/ --target rCM.pth --anchor Wan2.1-T2V-14B/ --weight high=4.0 low=1.0 \\
         --keep '^patch_embedding' --output merged/
 
+or a LoRA, W = base + w (B A):
+
+    python tools/merge.py --base Wan2.1-T2V-14B/ --lora outputs/run/rcm/lora/pytorch_lora_weights.safetensors -o student/
+
 Any layout that tools/convert.py reads. Strict: tensors that the three do not share need a pattern, except P of SLA. Exit
 status: 0 done, 1 failed (one line on stderr), 2 usage.
 """
@@ -26,8 +30,9 @@ from turbotrain.checkpoint.keymaps.targets import TARGETS
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="W = base + w (target - anchor), tensor by tensor.")
     parser.add_argument("--base", type=Path, required=True, help="what is added to (two experts: the folder above)")
-    parser.add_argument("--target", type=Path, required=True, help="what training made")
-    parser.add_argument("--anchor", type=Path, required=True, help="what that training began with")
+    parser.add_argument("--target", type=Path, help="what training made")
+    parser.add_argument("--anchor", type=Path, help="what that training began with")
+    parser.add_argument("--lora", type=Path, help="a LoRA's file, in place of target and anchor")
     parser.add_argument(
         "--weight", nargs="+", default=["1.0"], metavar="W", help="w; for two experts high=W low=W, or one"
     )
@@ -58,13 +63,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             re.compile(pattern)
         except re.error as error:
             parser.error(f"{pattern!r} is no regular expression: {error}")
-    if options.target.resolve() == options.anchor.resolve():
+    if options.lora is not None:
+        of_three = ("target", "anchor", "keep", "add", "drop", "any_dtype", "verify")
+        given = [f"--{name.replace('_', '-')}" for name in of_three if getattr(options, name)]
+        if given or set(options.weights) != {""}:
+            parser.error(f"--lora goes with --base and one --weight, not with {', '.join(given) or 'two weights'}")
+    elif options.target is None or options.anchor is None:
+        parser.error("name --target and --anchor, or a --lora")
+    elif options.target.resolve() == options.anchor.resolve():
         parser.error("--target and --anchor are the same: their difference is nothing")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return run(_merge, parse(arguments))
+    options = parse(arguments)
+    return run(_merge if options.lora is None else _merge_lora, options)
+
+
+def _merge_lora(options: argparse.Namespace) -> int:
+    from turbotrain.checkpoint.lora import merge_lora  # imports torch
+
+    weight = options.weights[""]
+    files = merge_lora(options.base, options.lora, options.output, weight, to=options.to, force=options.force)
+    for file in files:
+        print(f"written: {file}")
+    return DONE
 
 
 def _merge(options: argparse.Namespace) -> int:

@@ -21,6 +21,10 @@ from turbotrain.model.variants import VARIANTS
 STAGES = ("codec", "data", "teacher", "sla", "rcm", "merge", "quantize", "evaluate")
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 ASSET_PREFIX = "asset:"
+NO_SHARDED_LORA = (
+    "with lora.rank the frozen weights lie whole on every GPU, and the trained ones are too small to be worth sharding: "
+    "use launch.engine=ddp, or lora.rank=0"
+)
 
 
 @dataclass
@@ -166,6 +170,16 @@ class RcmSection:
 
 
 @dataclass
+class LoraSection:
+    """Turbo-LoRA, of the stages sla and rcm: one set of frozen weights for student, teacher and critic; what is trained, and
+    averaged, is low-rank changes of them and SLA's P."""
+
+    rank: int = 0  # 0: every weight is trained
+    alpha: float | None = None  # changes are scaled by alpha / rank; null: by 1
+    targets: list[str] = field(default_factory=lambda: ["self_attn.*", "cross_attn.*", "ffn.*"])  # linears of a block
+
+
+@dataclass
 class MergeSection:
     weight: float = 1.0
 
@@ -249,6 +263,7 @@ class Config:
     teacher: TeacherSection = field(default_factory=TeacherSection)
     sla: SlaSection = field(default_factory=SlaSection)
     rcm: RcmSection = field(default_factory=RcmSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     merge: MergeSection = field(default_factory=MergeSection)
     quantize: QuantizeSection = field(default_factory=QuantizeSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
@@ -302,6 +317,7 @@ def validate(config: Config) -> None:
         reject("teacher.cuda_graph", True, "a graph holds its activations: set launch.activation_checkpointing=false")
     _choice("sla.objective", config.sla.objective, ("white_box", "black_box"))
     _check_rcm(config.rcm)
+    _check_lora(config)
     _check_sampler(config.sampler)
     _check_quantize(config.quantize)
     _check_evaluate(config.evaluate)
@@ -484,6 +500,17 @@ def _check_rcm(rcm: RcmSection) -> None:
     _check_optim("rcm.critic_optim", rcm.critic_optim)
     _check_times("rcm.times_cm", rcm.times_cm)
     _check_times("rcm.times_dmd", rcm.times_dmd)
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.lora
+    _at_least("lora.rank", lora.rank, 0)
+    if lora.alpha is not None and not lora.alpha > 0:
+        reject("lora.alpha", lora.alpha, "a positive factor, or null for the rank")
+    if lora.rank and not lora.targets:
+        reject("lora.targets", lora.targets, "at least one pattern of a block's linears, for example [self_attn.*]")
+    if lora.rank and config.launch.engine not in ("auto", "ddp"):
+        reject("launch.engine", config.launch.engine, NO_SHARDED_LORA)
 
 
 def _check_sampler(sampler: SamplerSection) -> None:

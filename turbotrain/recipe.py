@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbotrain.compose import UsageError
-from turbotrain.config import STAGES, Config, resolve
+from turbotrain.compose import UsageError, reject
+from turbotrain.config import NO_SHARDED_LORA, STAGES, Config, resolve
 from turbotrain.model.variants import VARIANTS
 from turbotrain.records import Plan, begin, finish, flatten, make_fingerprint, plan_stage, set_aside, status
 
@@ -38,8 +38,10 @@ SPECS: dict[str, StageSpec] = {
     "codec": StageSpec(("codec", "data"), ()),
     "data": StageSpec(("data",), ("codec",)),
     "teacher": StageSpec(("teacher",), ("data",), optional=("teacher", "codec"), every_rank=True),
-    "sla": StageSpec(("sla", "attention"), ("teacher", "data"), optional=("codec",), every_rank=True),
-    "rcm": StageSpec(("rcm", "attention", "sampler"), ("teacher", "data"), optional=("sla", "codec"), every_rank=True),
+    "sla": StageSpec(("sla", "attention", "lora"), ("teacher", "data"), optional=("codec",), every_rank=True),
+    "rcm": StageSpec(
+        ("rcm", "attention", "sampler", "lora"), ("teacher", "data"), optional=("sla", "codec"), every_rank=True
+    ),
     "merge": StageSpec(("merge",), ("teacher", "sla", "rcm"), optional=("codec",)),
     "quantize": StageSpec(("quantize", "sampler"), ("student", "data"), optional=("codec",)),
     "evaluate": StageSpec(
@@ -68,6 +70,8 @@ def run_recipe(config: Config) -> None:
     from turbotrain.training.parallel import choose_engine, make_accelerator
 
     engine = choose_engine(config.launch, os.environ)
+    if config.lora.rank and engine != "ddp":
+        reject("launch.engine", engine, NO_SHARDED_LORA)
     accelerator = make_accelerator(config)
     with _owned(root, accelerator.is_main_process):
         if accelerator.is_main_process:

@@ -51,6 +51,8 @@ def make_fingerprint(config: Config, sections: Sequence[str], inputs: Mapping[st
     used = {"model.expert": config.model.expert, "data.first_frame": config.data.first_frame}
     settings.update({name: value for name, value in used.items() if value})
     for section in sections:
+        if section == "lora" and not config.lora.rank:
+            continue
         settings.update(flatten(getattr(config, section), section))
     for role, path in inputs.items():
         settings[f"input/{role}"] = hash_path(path) if path.exists() else "missing"

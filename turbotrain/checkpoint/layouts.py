@@ -54,6 +54,12 @@ def _translate(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 
+def native_name(name: str) -> str | None:
+    """The native name of a single tensor that has the name of either family of layouts; None when neither knows its module."""
+    stripped = strip_wrappers(name)
+    return _translate(stripped, _DIFFUSERS_TO_NATIVE) or _translate(stripped, _OFFICIAL)
+
+
 def native_names(names: Iterable[str], source: str = "checkpoint") -> dict[str, str]:
     """{name in the file: native name} for every tensor that a network uses.
 

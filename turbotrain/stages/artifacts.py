@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from turbotrain.checkpoint import CheckpointMeta, read_meta, save_checkpoint
 from turbotrain.checkpoint.components import find_component, published_part
+from turbotrain.checkpoint.lora import LORA_FILE, save_lora
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.config import Config
 from turbotrain.evaluation.video import contact_sheet, png_bytes, write_bytes
 from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.lora import has_lora, lora_change, merged_state
 from turbotrain.model.variants import Variant
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
@@ -79,7 +82,10 @@ def write_model(
     sampler: Mapping[str, Any] | None = None,
     quantization: Mapping[str, Any] | None = None,
 ) -> CheckpointMeta:
-    """Write the stage's checkpoint: weights, everything that inference needs to know, and where it came from."""
+    """Write the stage's checkpoint: weights, everything that inference needs to know, and where it came from.
+
+    state_dict: of a network with LoRA, what was trained of it: the checkpoint has it merged, and `lora/` beside it alone.
+    """
     lineage: list[dict[str, Any]] = []
     base_license = ""
     for role in ("teacher", "sla", "rcm", "merge", "student"):
@@ -103,6 +109,10 @@ def write_model(
         components={} if copied else {name: str(path.absolute()) for name, path in parts.items()},
         dtype=str(network.dtype).removeprefix("torch."),
     )
+    if has_lora(network):
+        save_lora(context.folder / "lora" / LORA_FILE, lora_change(state_dict, network), meta)
+        state_dict = merged_state(network, state_dict)
+        meta = dataclasses.replace(meta, dtype="float32")
     save_checkpoint(context.checkpoint, state_dict, meta, copied)
     return meta
 

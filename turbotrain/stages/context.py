@@ -113,8 +113,18 @@ class StageContext:
         return make_role(self.accelerator, self.config.launch, self.engine, name, network, optim, updates)
 
     def frozen(self, role: str) -> WanTransformer:
-        """The network of one input as this launch asks it: never trained."""
-        return make_frozen(self.accelerator, self.config.launch, self.engine, self.load(role))
+        """The network of one input as this launch asks it: never trained. With LoRA everybody who asks gets the same one, over
+        whose weights the trained ones lie."""
+        if role in self._frozen:
+            return self._frozen[role]
+        network = make_frozen(self.accelerator, self.config.launch, self.engine, self.load(role))
+        if self.config.lora.rank:
+            self._frozen[role] = network
+        return network
+
+    @cached_property
+    def _frozen(self) -> dict[str, WanTransformer]:
+        return {}
 
     def work(self, batch_size: int, passes: Mapping[AttentionConfig, float]) -> Work:
         """What a step has to do that takes `passes` forward passes (a backward pass counts as two) with each attention."""

@@ -29,6 +29,7 @@ from turbotrain.stages.artifacts import (
 )
 from turbotrain.stages.context import BatchSource, StageContext, draw_times
 from turbotrain.stages.experts import grid_range, times_within
+from turbotrain.stages.lora import after_sla, trainable
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.meter import Work
@@ -54,7 +55,7 @@ class RcmTask:
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         self.average = PowerEMA(self.roles["student"].weights(), rate=section.ema_rate)
         if any(phase.dmd for phase in section.phases):
-            fake = context.load("teacher")
+            fake = trainable(context, "teacher")
             self.roles["critic"] = context.role("critic", fake, section.critic_optim, section.steps)
         # The high-noise expert's consistency ends where the low-noise one takes over: its student is the boundary condition.
         self.low = context.frozen("low") if "low" in context.inputs else None
@@ -249,11 +250,9 @@ def student_network(context: StageContext) -> WanTransformer:
     """sequential: the SLA stage's network. joint: the teacher with SLA whose projection starts at zero. merge: the dense
     teacher; SLA's weights are added afterwards."""
     if "sla" in context.inputs:
-        return context.load("sla")
-    network = context.load("teacher")
-    if context.config.rcm.composition != "merge":
-        network.set_attention(attention_config(context.config))
-    return network
+        return after_sla(context)
+    attention = None if context.config.rcm.composition == "merge" else attention_config(context.config)
+    return trainable(context, "teacher", attention)
 
 
 def run(context: StageContext) -> dict[str, object]:

@@ -13,6 +13,7 @@ from turbotrain.losses import flow_matching, sla_alignment
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.stages.artifacts import attention_config, sample_strips, write_model
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
+from turbotrain.stages.lora import trainable
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.pieces import Piece
 from turbotrain.training.roles import Role
@@ -26,8 +27,7 @@ class SlaTask:
         self.section = section
         self.within = context.time_range
         self.source = BatchSource(context, context.dataset(), section.batch_size)
-        self.network = context.load("teacher")
-        self.network.set_attention(attention_config(context.config))
+        self.network = trainable(context, "teacher", attention_config(context.config))
         self.teacher = context.frozen("teacher")
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         passes = {self.network.attention_config: 3.0}

@@ -6,7 +6,7 @@ OTHERS: tuple[tuple[str, str, str], ...] = (
     (
         r"(^|\.)lora_(unet_|[AB]\.|up\.|down\.)|_lora\.(up|down)\.|\.(diff|diff_b|diff_m|alpha)$",
         "a LoRA, which adds to a network but is none",
-        "merge it into its base network where you use it, then convert the result",
+        "merge it into its base network, python tools/merge.py --base NETWORK --lora FILE, then convert the result",
     ),
     (
         r"^vace_(blocks|patch_embedding)\.",
