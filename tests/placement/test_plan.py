@@ -180,7 +180,8 @@ def test_portrait_videos_are_offered_portrait_sizes() -> None:
 
 def test_a_forward_takes_what_was_measured() -> None:
     measured = json.loads((MEASUREMENTS / "h200_video_wan2.1_t2v_1.3b_480p.json").read_text())["forward"]["rows"]
-    assert forward_seconds(SMALL) == pytest.approx(measured["sage_sla int8_channel"]["median_s"], rel=0.1)
+    # Without a graph the host's processor sets the pace: 0.18, 0.20 and 0.21 s on hosts with the same GPU.
+    assert forward_seconds(SMALL) == pytest.approx(measured["sage_sla int8_channel"]["median_s"], rel=0.2)
     graphed = measured["sage_sla int8_channel, CUDA graph"]["median_s"]
     assert forward_seconds(SMALL, recorded=True) == pytest.approx(graphed, rel=0.1)
     dense = dataclasses.replace(SMALL, attention=AttentionConfig(), scheme=None)
