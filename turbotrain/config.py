@@ -232,6 +232,7 @@ class LaunchSection:
     micro_batches: int = (
         1  # each process's share of a batch in so many parts, one after the other: gradient accumulation
     )
+    context_parallel: int = 1  # processes that share each sample: its tokens, and the heads of self-attention
     activation_checkpointing: bool = False
     checkpoint_every: int = 1  # with activation_checkpointing: every n-th block; the others keep their activations
     walltime_minutes: float = 0.0  # save and stop when this process is so old; 0: no limit
@@ -347,8 +348,18 @@ def validate(config: Config) -> None:
 def _check_launch(config: Config) -> None:
     launch = config.launch
     _choice("launch.engine", launch.engine, ENGINES)
-    for name in ("keep_last", "micro_batches", "checkpoint_every"):
+    for name in ("keep_last", "micro_batches", "checkpoint_every", "context_parallel"):
         _at_least(f"launch.{name}", getattr(launch, name), 1)
+    heads = VARIANTS[config.model.variant].config.num_heads
+    if heads % launch.context_parallel:
+        options = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        reject(
+            "launch.context_parallel",
+            launch.context_parallel,
+            f"must divide the {heads} heads of {config.model.variant}, which it deals to processes: {options}",
+        )
+    if launch.context_parallel > 1 and config.teacher.cuda_graph:
+        reject("teacher.cuda_graph", True, "a graph is of one process: set launch.context_parallel=1")
     _at_least("launch.walltime_minutes", launch.walltime_minutes, 0)
     steps = config.logging.profile_steps
     if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):

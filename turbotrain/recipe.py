@@ -11,7 +11,7 @@ import fcntl
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,7 @@ def run_recipe(config: Config) -> None:
     if config.dry_run:
         _dry_run(config, selected)
         return
+    _check_processes(config, os.environ)
     _check_device(config)
     root = config.run_folder
     _check_writable(root)
@@ -298,6 +299,16 @@ def _full_disk_explained(folder: Path) -> Iterator[None]:
 
 
 # ---- the run folder ------------------------------------------------------------------------------------------------
+
+
+def _check_processes(config: Config, environ: Mapping[str, str]) -> None:
+    """Whether they fall into groups of `launch.context_parallel`."""
+    processes, size = int(environ.get("WORLD_SIZE", "1")), config.launch.context_parallel
+    if processes % size:
+        raise UsageError(
+            f"launch.context_parallel={size}: that many processes share a sample, and this launch has {processes}; start a "
+            f"multiple, for example torchrun --nproc_per_node {-(-processes // size) * size} train.py ..."
+        )
 
 
 def _check_device(config: Config) -> None:

@@ -14,6 +14,7 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.elementwise import for_readers, linears, merge_heads, norm_heads, split_heads
 from turbotrain.model.inputs import KeyValue, Source
 from turbotrain.model.tangent import Dual, Linear, Quantized, add, linear
+from turbotrain.model.token_share import TokenShare
 from turbotrain.model.variants import WanConfig
 
 
@@ -36,12 +37,18 @@ class SelfAttention(nn.Module):
         self.attn_op = build_attention(config.head_dim, attention)
 
     def forward(
-        self, x: Dual | Quantized, rope_2LP: Tensor, selection: BlockMask | None
+        self, x: Dual | Quantized, rope_2LP: Tensor, selection: BlockMask | None, share: TokenShare | None = None
     ) -> tuple[Dual, BlockMask | None]:
+        """share: x and rope are this process's tokens; the selection is of the heads that it attends with."""
         q, k, v = linears((self.q, self.k, self.v), x)
         q = norm_heads(q, self.norm_q.weight, rope_2LP, self.num_heads, self.eps)
         k = norm_heads(k, self.norm_k.weight, rope_2LP, self.num_heads, self.eps)
-        out, selection = self.attn_op(q, k, split_heads(v, self.num_heads), selection)
+        v = split_heads(v, self.num_heads)
+        if share is not None:
+            q, k, v = share.to_heads(q, k, v)
+        out, selection = self.attn_op(q, k, v, selection)
+        if share is not None:
+            out = share.to_tokens(out)
         return linear(self.o, merge_heads(out)), selection
 
 

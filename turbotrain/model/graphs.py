@@ -180,6 +180,8 @@ class GraphedNetwork(nn.Module):
 def _why_not(network: nn.Module) -> str | None:
     """What stands against recording the network at all."""
     places = {str(x.device) for x in chain(network.parameters(), network.buffers())}
+    if getattr(network, "context_group", None) is not None:
+        return "other processes take part in the network's calls"
     if len(places) > 1:
         return f"the network lies on {' and '.join(sorted(places))}"
     if any(module._forward_pre_hooks or module._forward_hooks for module in network.modules()):

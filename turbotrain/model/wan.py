@@ -9,12 +9,14 @@ time for the sample, or one per token), D model width, N heads, P rotary pairs.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 from turbokernels import BlockMask
 
@@ -33,6 +35,7 @@ from turbotrain.model.elementwise import (
 from turbotrain.model.inputs import EncodedContext, Selection, Source, check_context, check_inputs
 from turbotrain.model.rope import Grid, inverse_order, rope_table, token_order
 from turbotrain.model.tangent import Dual, Linear, WideLinear, cast, lift, linear, unbind, wide
+from turbotrain.model.token_share import TokenShare
 from turbotrain.model.variants import WanConfig
 
 # Parameters that stay float32 when the network is cast; P of SLA is one of them.
@@ -75,17 +78,18 @@ class Block(nn.Module):
         clip: Source | None,
         rope_2LP: Tensor,
         selection: BlockMask | None = None,
+        share: TokenShare | None = None,
     ) -> tuple[Dual, BlockMask | None]:
         """x (B, L, D) and the block lists of its self-attention.
 
-        time (B, M, 6, D): shift, scale, gate of self-attention, then of the feed-forward.
+        time (B, M, 6, D): shift, scale, gate of self-attention, then of the feed-forward. share: of which tokens are here.
         """
         if not (self.checkpointed and torch.is_grad_enabled()):
-            return self._compute(x, time, text, clip, rope_2LP, selection)
+            return self._compute(x, time, text, clip, rope_2LP, selection, share)
 
         def compute(x: Dual, time: Dual, text: Source, clip: Source | None) -> Dual:
             nonlocal selection  # the recomputation reuses the first pass's block lists
-            out, selection = self._compute(x, time, text, clip, rope_2LP, selection)
+            out, selection = self._compute(x, time, text, clip, rope_2LP, selection, share)
             return out
 
         # Inside forward, so that the wrappers of parallel training sit outside. No dropout, so no RNG state to restore.
@@ -101,6 +105,7 @@ class Block(nn.Module):
         clip: Source | None,
         rope_2LP: Tensor,
         selection: BlockMask | None,
+        share: TokenShare | None,
     ) -> tuple[Dual, BlockMask | None]:
         attn, cross, ffn = self.self_attn, self.cross_attn, self.ffn
         vectors = Dual(wide(self.modulation)[:, None] + time.x, time.t)
@@ -110,7 +115,7 @@ class Block(nn.Module):
         norm3 = Norm(Dual(self.norm3.bias), Dual(self.norm3.weight), self.eps, affine=True)
 
         h = norm(x, norm1, readers=(attn.q, attn.k, attn.v))
-        h, selection = attn(h, rope_2LP, selection)
+        h, selection = attn(h, rope_2LP, selection, share)
         x, h = residual_norm(x, h, gate, norm3, readers=(cross.q,))
         h = cross(h, text, clip)
         x, h = residual_norm(x, h, None, norm2, readers=(ffn[0],))
@@ -155,6 +160,7 @@ class WanTransformer(nn.Module):
     def __init__(self, config: WanConfig, attention: AttentionConfig | None = None) -> None:
         super().__init__()
         self.config, self.attention_config = config, attention or AttentionConfig()
+        self.context_group: ProcessGroup | None = None
         dim = config.dim
         self.patch_embedding = PatchEmbedding(config.in_channels, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
@@ -210,6 +216,20 @@ class WanTransformer(nn.Module):
         self.attention_config = attention
         return self
 
+    def share_tokens(self, group: ProcessGroup | None) -> WanTransformer:
+        """Deal the tokens of every sample to the processes of `group`, which then call forward together, on equal inputs: each
+        gets the whole result. How gradients come out: token_share.py. None: each process works alone.
+
+        Raises ValueError where the heads cannot be dealt.
+        """
+        if group is not None and self.config.num_heads % group.size():
+            raise ValueError(
+                f"{self.config.num_heads} heads cannot be dealt to a context group of {group.size()} processes: take a number "
+                "that divides the heads"
+            )
+        self.context_group = group
+        return self
+
     def enable_activation_checkpointing(self, enabled: bool = True, every: int = 1) -> WanTransformer:
         """Recompute each block, or every n-th, in the backward pass instead of storing its activations."""
         for index, block in enumerate(self.blocks):
@@ -244,21 +264,25 @@ class WanTransformer(nn.Module):
         block = min(attention.block_q, attention.block_k) if attention.order == "cube" else None
         order_L = token_order(grid, block, x_BCTHW.device)
 
-        latent = cast(Dual(x_BCTHW, tx), self.dtype)
-        x = linear(self.patch_embedding, lift(self._patches, latent, y_BCTHW, order_L))
+        share = None if self.context_group is None else TokenShare(math.prod(grid), self.context_group)
+
+        patches = lift(self._patches, cast(Dual(x_BCTHW, tx), self.dtype), y_BCTHW, order_L)
+        x = linear(self.patch_embedding, patches if share is None else share.split(patches))
         dtype = torch.promote_types(self.dtype, torch.float32)
         rope_2LP = rope_table(grid, self.config.head_dim, block, x_BCTHW.device, dtype)
+        rope_2LP = rope_2LP if share is None else share.own(rope_2LP)
 
-        time, modulation = self._time(timestep, ttimestep, order_L, dtype)
+        time, modulation = self._time(timestep, ttimestep, order_L, dtype, share)
         sources = self._sources(context_BLD, clip_BLD)
 
         chosen: list[BlockMask | None] = []
         for layer, (text, clip), given in zip(self.blocks, sources, selection or [None] * len(self.blocks)):
-            x, mask = layer(x, modulation, text, clip, rope_2LP, given)
+            x, mask = layer(x, modulation, text, clip, rope_2LP, given, share)
             if return_selection:
                 chosen.append(mask)  # at 720p the lists of 40 layers are 450 MB
 
-        v = lift(self._unpatch, self.head(x, time), grid, block)
+        v = self.head(x, time)
+        v = lift(self._unpatch, v if share is None else share.join(v), grid, block)
         out = (v.x,) if tangents is None else (v.x, v.t)
         out = (*out, chosen) if return_selection else out
         return out if len(out) > 1 else out[0]
@@ -306,7 +330,12 @@ class WanTransformer(nn.Module):
         return rearrange(x_BLD, pattern, t=t, h=h, w=w, p=p, q=q, r=r).contiguous()
 
     def _time(
-        self, timestep: Tensor, ttimestep: Tensor | None, order_L: Tensor | None, dtype: torch.dtype
+        self,
+        timestep: Tensor,
+        ttimestep: Tensor | None,
+        order_L: Tensor | None,
+        dtype: torch.dtype,
+        share: TokenShare | None,
     ) -> tuple[Dual, Dual]:
         """Time embedding (B, M, D) for the head, and the blocks' six modulation vectors (B, M, 6, D) of it."""
 
@@ -315,7 +344,10 @@ class WanTransformer(nn.Module):
 
         def per_token(times: Tensor) -> Tensor:
             times_BM = times[:, None] if times.ndim == 1 else times
-            return times_BM if order_L is None or times_BM.shape[1] == 1 else times_BM.index_select(1, order_L)
+            if times_BM.shape[1] == 1:
+                return times_BM
+            ordered_BL = times_BM if order_L is None else times_BM.index_select(1, order_L)
+            return ordered_BL if share is None else share.own(ordered_BL)
 
         times = Dual(per_token(timestep.double()), None if ttimestep is None else per_token(ttimestep.double()))
         hidden = lift(nn.functional.silu, linear(self.time_embedding[0], lift(code, times)))

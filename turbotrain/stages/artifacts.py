@@ -123,8 +123,9 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
     None where nothing is to be sampled, or the recipe has no codec to decode with.
     """
     section = getattr(context.config, context.name)
-    # A pass of a sharded network takes every process; otherwise the first samples while the others wait.
-    takes_part = context.accelerator.is_main_process or context.engine in ("fsdp2", "zero3")
+    # A pass of a sharded network or sample takes every process; otherwise the first samples while the others wait.
+    together = context.engine in ("fsdp2", "zero3") or context.config.launch.context_parallel > 1
+    takes_part = context.accelerator.is_main_process or together
     if not section.sample_every or "codec" not in context.inputs or not takes_part:
         return None
     if context.config.model.expert:

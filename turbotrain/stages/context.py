@@ -29,7 +29,7 @@ from turbotrain.stages.loading import BatchReader
 from turbotrain.training.flops import forward_flops
 from turbotrain.training.loop import LoopSettings
 from turbotrain.training.meter import Work
-from turbotrain.training.parallel import make_frozen, make_role
+from turbotrain.training.parallel import data_share, make_frozen, make_role
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom, derive_seed
 
@@ -154,11 +154,14 @@ class BatchSource:
     """This rank's share of the global batch of any step: data in `BatchOrder`, randomness by (seed, step, position)."""
 
     def __init__(self, context: StageContext, dataset: LatentDataset, batch_size: int) -> None:
-        processes = context.accelerator.num_processes
-        self.micro_batches = context.config.launch.micro_batches
-        parts = processes * self.micro_batches
+        launch = context.config.launch
+        share, shares = data_share(context.accelerator, launch)
+        self.micro_batches = launch.micro_batches
+        parts = shares * self.micro_batches
         if batch_size % parts:
-            what = f"the number of processes, {processes}"
+            what = f"the number of processes, {context.accelerator.num_processes}"
+            if launch.context_parallel > 1:
+                what += f", over launch.context_parallel={launch.context_parallel}"
             if self.micro_batches > 1:
                 what += f", times launch.micro_batches={self.micro_batches}"
             raise ValueError(
@@ -171,7 +174,7 @@ class BatchSource:
         self.batch_size = batch_size
         self.first_frame = context.config.data.first_frame
         size = batch_size // parts
-        first = context.accelerator.process_index * self.micro_batches
+        first = share * self.micro_batches
         self.positions = [range(part * size, (part + 1) * size) for part in range(first, first + self.micro_batches)]
         self.reader = BatchReader(dataset, self.seed, batch_size, self.positions)
 

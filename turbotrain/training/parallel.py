@@ -11,11 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from functools import cache
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from turbotrain.compose import UsageError
 from turbotrain.config import Config, LaunchSection, OptimSection
@@ -55,6 +59,24 @@ def choose_engine(launch: LaunchSection, environ: Mapping[str, str]) -> str:
     return launch.engine
 
 
+@cache
+def _context_mesh(device_type: str, size: int) -> DeviceMesh:
+    return init_device_mesh(device_type, (dist.get_world_size() // size, size), mesh_dim_names=("data", "context"))
+
+
+def context_group(accelerator: Accelerator, launch: LaunchSection) -> ProcessGroup | None:
+    """The neighbouring processes that share this one's samples; None where each has its own."""
+    if launch.context_parallel == 1:
+        return None
+    return _context_mesh(accelerator.device.type, launch.context_parallel).get_group("context")
+
+
+def data_share(accelerator: Accelerator, launch: LaunchSection) -> tuple[int, int]:
+    """(which, of how many) equal shares of the global batch this process works on; a context group has one together."""
+    size = launch.context_parallel
+    return accelerator.process_index // size, accelerator.num_processes // size
+
+
 def make_accelerator(config: Config) -> Accelerator:
     """One Accelerator for the run; under torchrun or `accelerate launch` it joins the process group.
 
@@ -87,6 +109,7 @@ def make_role(
     updates: int,
 ) -> Role:
     """Wrap `network` and its optimiser for this launch; `updates`: how many it will get, for a decaying rate."""
+    network.share_tokens(context_group(accelerator, launch))
     network.enable_activation_checkpointing(launch.activation_checkpointing, launch.checkpoint_every)
     if launch.mixed_precision == "bf16":
         autocast_forward(network, accelerator.device)
@@ -111,7 +134,7 @@ def make_frozen(
 ) -> WanTransformer:
     """A network that only answers (the teacher): without gradients, in bf16 under mixed precision (its float32 islands
     stay), sharded where the trained ones are."""
-    network.requires_grad_(False)
+    network.requires_grad_(False).share_tokens(context_group(accelerator, launch))
     if launch.mixed_precision == "bf16":
         network.set_weight_dtype(torch.bfloat16)
     if engine in ("fsdp2", "zero3") and accelerator.num_processes > 1:
