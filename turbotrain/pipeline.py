@@ -351,8 +351,9 @@ class TurboPipeline:
             if negative_BLD is None:
                 raise ValueError("negative_BLD is missing: teacher sampling needs the negative prompt's embedding")
         networks = self.experts if self.graphs is None else [self.graphs.network(expert) for expert in self.experts]
-        # Weights that come for a call of the network are not there between two.
-        encode_once = self.residence is None or not self.residence.swaps
+        # Weights that come for a call of the network, swapped or sharded while it trains, are not there between two.
+        come = any(module._forward_pre_hooks for expert in self.experts for module in expert.modules())
+        encode_once = not come and (self.residence is None or not self.residence.swaps)
         velocity = network_velocity(
             networks, context_BLD, conditioning, self.variant.boundary, negative_BLD, cfg, encode_once
         )

@@ -1,11 +1,10 @@
-"""The tokens of a sample on several processes: values, tangents and gradients are those of one process, in float64 to rounding."""
+"""The tokens of a sample on several processes: values, tangents, gradients are those of one process, to float64."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -58,9 +57,9 @@ def differentiated(
     out = model(**given, tangents=tangents_of(given) if moving else None)
     v, *tv = out if moving else (out,)
     (v.square().mean() + (v * torch.linspace(-1, 1, v.numel(), dtype=v.dtype).view_as(v)).sum()).backward()
-    found = {"v": v.detach(), "x": x.grad, **{"tangent": t for t in tv}}
     with torch.no_grad():
-        found["fused"] = model(**given)
+        fused = model(**given)
+    found = dict(zip(("v", "x", "fused", "tangent"), (v.detach(), x.grad, fused, *tv)))
     return found, {name: p.grad for name, p in model.named_parameters()}
 
 

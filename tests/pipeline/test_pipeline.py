@@ -101,6 +101,21 @@ def test_each_distinct_prompt_is_encoded_once(pipe: TurboPipeline, monkeypatch: 
     assert seen == ["a b", "c"]
 
 
+def test_text_is_not_read_ahead_where_weights_come_for_a_call(
+    pipe: TurboPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sharded networks, sampled while they train, have no weights between two calls."""
+    (network,) = pipe.experts
+    expected = pipe(PROMPTS[0], steps=1, seed=1).frames
+    handle = network.get_submodule("blocks.0").register_forward_pre_hook(lambda *_: None)
+    try:
+        monkeypatch.setattr(network, "encode_context", lambda *_: pytest.fail("read outside of a call"))
+        hooked = pipe(PROMPTS[0], steps=1, seed=1).frames
+    finally:
+        handle.remove()
+    assert np.abs(hooked.astype(int) - expected.astype(int)).max() <= 1
+
+
 def test_progress_is_told_after_each_step(pipe: TurboPipeline) -> None:
     told: list[tuple[int, int]] = []
     pipe(PROMPTS[0], steps=3, callback=lambda done, total: told.append((done, total)))

@@ -1,4 +1,4 @@
-"""Processes that share each sample train what one process does: SLA and rCM with tangents, critic and averages, under every engine."""
+"""Processes that share each sample train what one does: SLA and rCM with tangents, critic, averages, under every engine."""
 
 from __future__ import annotations
 

@@ -78,10 +78,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> LatentDataset:
 
 
 def source(
-    dataset: LatentDataset, batch: int, processes: int = 1, rank: int = 0, micro_batches: int = 1
+    dataset: LatentDataset, batch: int, processes: int = 1, rank: int = 0, micro_batches: int = 1, together: int = 1
 ) -> BatchSource:
     accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device=CPU)
-    config = Config(launch=LaunchSection(micro_batches=micro_batches))
+    config = Config(launch=LaunchSection(micro_batches=micro_batches, context_parallel=together))
     context = StageContext("sla", config, Path("unused"), {}, cast(Any, accelerator))
     return BatchSource(context, dataset, batch)
 
@@ -116,6 +116,16 @@ def test_ranks_share_the_global_batch(dataset: LatentDataset) -> None:
     assert [p for batch, _ in parts for p in batch.prompts] == whole[0].prompts
     assert torch.equal(torch.cat([batch.latent_BCTHW for batch, _ in parts]), whole[0].latent_BCTHW)
     assert torch.equal(torch.cat([random.uniform("t") for _, random in parts]), whole[1].uniform("t"))
+
+
+def test_ranks_that_share_samples_have_the_same_ones(dataset: LatentDataset) -> None:
+    halves = [source(dataset, 4, 2, rank).at(5)[0] for rank in (0, 0, 1, 1)]
+    shared = [source(dataset, 4, 4, rank, together=2).at(5)[0] for rank in range(4)]
+    for (batch, random), (expected, draws) in zip(shared, halves, strict=True):
+        assert batch.prompts == expected.prompts
+        assert torch.equal(random.normal("n", (3,)), draws.normal("n", (3,)))
+    with pytest.raises(ValueError, match=r"number of processes, 4, over launch\.context_parallel=2; for example 4"):
+        source(dataset, 5, 4, together=2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

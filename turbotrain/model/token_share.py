@@ -69,10 +69,9 @@ class TokenShare:
 
     def _join(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         sent_XBRD = torch.stack(tuple(tensors))
-        got = sent_XBRD.new_empty(self.size * len(tensors), *sent_XBRD.shape[1:])
-        dist.all_gather_into_tensor(got, sent_XBRD, group=self.group)
-        got_PXBRD = got.unflatten(0, (self.size, -1))
-        return [got_PBRD.transpose(0, 1).flatten(1, 2)[:, : self.length] for got_PBRD in got_PXBRD.unbind(1)]
+        got = [torch.empty_like(sent_XBRD) for _ in range(self.size)]
+        dist.all_gather(got, sent_XBRD, group=self.group)
+        return list(torch.cat(got, 2)[:, :, : self.length].unbind())
 
     def _to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         got_PXBROH = self._exchange([x.unflatten(2, (self.size, -1)).movedim(2, 0) for x in tensors])
