@@ -111,6 +111,8 @@ def test_empty_batches_pass() -> None:
         (lambda: quantize_token(torch.ones(2, 2), torch.float16), "float16"),
         (lambda: quantize_block(torch.ones(2)), r"\(2,\)"),
         (lambda: quantize_block(torch.ones(2, 2), 0), "block=0"),
+        (lambda: quantize_block(torch.ones(2, 2), activation="relu"), "activation='relu'"),
+        (lambda: quantize_block(torch.ones(2, 3), smooth=torch.ones(2)), r"smooth is torch.float32 \(2,\).*of 3"),
         (lambda: quantize_token(torch.ones(2, 2), impl="fast"), "fast"),
         (lambda: quantize_token(torch.ones(2, 2), impl="triton"), "reference"),
     ],

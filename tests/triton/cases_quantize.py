@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,15 +89,23 @@ def check_empty(device: str) -> None:
 
 def check_producer(dtype: torch.dtype, activation: str | None, smoothed: bool, device: str) -> None:
     """activation(x) / smooth, quantised: near the exact integers' values, as the reference is."""
-    x = (torch.randn(2, 9, 300) * 4).to(dtype)
+    x = (torch.randn(2, 37, 300) * 4).to(dtype)
     smooth = torch.rand(300) + 0.1 if smoothed else None
     on_device = None if smooth is None else smooth.to(device)
-    q, scale = quantize_token(x.to(device), activation=activation, smooth=on_device, impl="triton")
-    plain_q, plain_scale = quantize_token(x, activation=activation, smooth=smooth, impl="reference")
     exact = x.double() if activation is None else torch.nn.functional.gelu(x.double(), approximate="tanh")
     exact = exact if smooth is None else exact / smooth.double()
-    assert (scale.cpu() - plain_scale).abs().max() <= 2.0**-20 * plain_scale.max()
-    # Values that lie halfway between two integers may go either way.
-    assert (q.cpu().int() - plain_q.int()).abs().max() <= 1
-    assert (q.cpu() != plain_q).float().mean() < 1e-3
-    assert_within_budget(q.cpu().float() * scale.cpu()[..., None], plain_q.float() * plain_scale[..., None], exact)
+
+    def per_token(scale: Tensor) -> Tensor:
+        return scale[..., None]
+
+    def per_tile(scale: Tensor) -> Tensor:
+        return scale.repeat_interleave(32, -2)[..., :37, :].repeat_interleave(32, -1)[..., :300]
+
+    for quantize, spread in ((quantize_token, per_token), (partial(quantize_block, block=32), per_tile)):
+        q, scale = quantize(x.to(device), activation=activation, smooth=on_device, impl="triton")
+        plain_q, plain_scale = quantize(x, activation=activation, smooth=smooth, impl="reference")
+        assert (scale.cpu() - plain_scale).abs().max() <= 2.0**-20 * plain_scale.max()
+        # Values that lie halfway between two integers may go either way.
+        assert (q.cpu().int() - plain_q.int()).abs().max() <= 1
+        assert (q.cpu() != plain_q).float().mean() < 1e-3
+        assert_within_budget(q.cpu().float() * spread(scale.cpu()), plain_q.float() * spread(plain_scale), exact)

@@ -67,7 +67,7 @@ def test_operator_registration() -> None:
     tiles = (values[None], torch.ones(1, 1, 1), w_q, torch.ones(1, 1), None, False, torch.float32)
     torch.library.opcheck(kernel._linear_tiles, tiles, test_utils=checks)
     torch.library.opcheck(kernel.quantize._quantize_rows, (x, None, torch.int8, "gelu_tanh"), test_utils=checks)
-    torch.library.opcheck(kernel.quantize._quantize_block, (x, 32), test_utils=checks)
+    torch.library.opcheck(kernel.quantize._quantize_block, (x, None, 32, "gelu_tanh"), test_utils=checks)
 
 
 def test_bad_operands_are_named() -> None:

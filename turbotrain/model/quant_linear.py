@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from turbokernels.checks import check_inference
 from turbokernels.quantize.api import quantize_block, quantize_token
@@ -101,8 +100,7 @@ class QuantLinear(nn.Module):
             # In float32, so that a bf16 x is not rounded once more before its quantisation.
             check_inference("QuantLinear", x=x)
             if self.scheme == "int8_block128":
-                operand = x.float() if activation is None else F.gelu(x.float(), approximate="tanh")
-                operand = operand if self.smooth is None else operand / self.smooth
+                operand = quantize_block(x, activation=activation, smooth=self.smooth)
             else:
                 operand = quantize_token(x, self.weight_q.dtype, activation=activation, smooth=self.smooth)
         return w8a8_linear(operand, self.weight_q, self.scale, self.bias, self.scheme, out_dtype=x.dtype)

@@ -104,8 +104,6 @@ def _list_bytes(config: WanConfig, attention: AttentionConfig, tokens: int) -> i
 
 def _hidden_bytes(config: WanConfig, scheme: str | None) -> int:
     """Bytes a token between the linears of a feed-forward: the first one's result, and what the second one reads."""
-    if scheme == "int8_block128":  # GELU's float32 operand and result
-        return (HALF + 2 * ISLAND) * config.ffn_dim
     return (HALF + (HALF if scheme is None else 1)) * config.ffn_dim
 
 

@@ -39,6 +39,22 @@ def _check(op: str, x: Tensor, min_dims: int) -> None:
         )
 
 
+def _check_before(op: str, x: Tensor, activation: str | None, smooth: Tensor | None) -> None:
+    """Require an activation that exists, and a smoothing vector of x's features."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation={activation!r} is not known; use one of {', '.join(map(repr, ACTIVATIONS))}"
+        )
+    if smooth is None:
+        return
+    if tuple(smooth.shape) != (x.shape[-1],) or smooth.dtype != torch.float32 or smooth.stride(0) != 1:
+        raise ValueError(
+            f"{op}: smooth is {smooth.dtype} {tuple(smooth.shape)}; expected a packed float32 vector of {x.shape[-1]}"
+        )
+    if smooth.device != x.device:
+        raise ValueError(f"{op}: smooth is on {smooth.device} but x is on {x.device}; move them to one device")
+
+
 def check_dtype(op: str, dtype: torch.dtype) -> None:
     """Require an 8-bit type that a scheme has."""
     if dtype not in reference.LIMITS:
@@ -67,17 +83,7 @@ def quantize_token(
     op = "quantize_token"
     _check(op, x, 1)
     check_dtype(op, dtype)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{op}: activation={activation!r} is not known; use one of {', '.join(map(repr, ACTIVATIONS))}"
-        )
-    if smooth is not None:
-        if tuple(smooth.shape) != (x.shape[-1],) or smooth.dtype != torch.float32 or smooth.stride(0) != 1:
-            raise ValueError(
-                f"{op}: smooth is {smooth.dtype} {tuple(smooth.shape)}; expected a packed float32 vector of {x.shape[-1]}"
-            )
-        if smooth.device != x.device:
-            raise ValueError(f"{op}: smooth is on {smooth.device} but x is on {x.device}; move them to one device")
+    _check_before(op, x, activation, smooth)
     return dispatch.choose(op, impl, x.device, ROW_IMPLEMENTATIONS)(x, dtype, activation, smooth)
 
 
@@ -90,16 +96,25 @@ def quantize_channel(w: Tensor, dtype: torch.dtype = torch.int8, impl: str = "au
     return dispatch.choose("quantize_channel", impl, w.device, ROW_IMPLEMENTATIONS)(w, dtype)
 
 
-def quantize_block(x: Tensor, block: int = 128, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def quantize_block(
+    x: Tensor,
+    block: int = 128,
+    impl: str = "auto",
+    *,
+    activation: str | None = None,
+    smooth: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Quantise in tiles: x (..., L, K) -> int8 (..., L, K), float32 scale (..., ceil(L / block), ceil(K / block)).
 
     scale = amax / 128, values = clamp(round(x / scale), -128, 127); the last tiles may be ragged; a zero tile gets
     scale 1. Tiles never span two samples: the leading dimensions are quantised one by one, so a batch equals its
-    samples. No gradient. Errors: ValueError for an input that is not floating, has under two dimensions or no
-    features, or block < 1.
+    samples. activation and smooth: as in `quantize_token`. No gradient. Errors: ValueError for an input that is not
+    floating, has under two dimensions or no features, block < 1, and as `quantize_token` for activation and smooth.
     Source: method.md section 7, formats.md section 4 (layout of published `-quant.pth` files).
     """
-    _check("quantize_block", x, 2)
+    op = "quantize_block"
+    _check(op, x, 2)
     if block < 1:
-        raise ValueError(f"quantize_block: block={block}; expected at least 1 (published files use 128)")
-    return dispatch.choose("quantize_block", impl, x.device, BLOCK_IMPLEMENTATIONS)(x, block)
+        raise ValueError(f"{op}: block={block}; expected at least 1 (published files use 128)")
+    _check_before(op, x, activation, smooth)
+    return dispatch.choose(op, impl, x.device, BLOCK_IMPLEMENTATIONS)(x, block, activation, smooth)

@@ -62,13 +62,15 @@ def _tiles_kernel(
     p_x,
     p_q,
     p_scale,
+    p_smooth,
     length,
     width,
     stride_xb,
     stride_xl,
     BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
 ):
-    """One BLOCK x BLOCK tile of one sample."""
+    """One BLOCK x BLOCK tile of one sample: (optionally GELU, divided by p_smooth) to 8 bits."""
     n_t, n_u = tl.cdiv(length, BLOCK), tl.cdiv(width, BLOCK)
     i_tile = tl.program_id(0)
     i_b, i_t, i_u = (i_tile // (n_t * n_u)).to(tl.int64), i_tile // n_u % n_t, i_tile % n_u
@@ -78,6 +80,10 @@ def _tiles_kernel(
     b_x = tl.load(p_x + i_b * stride_xb + i_l * stride_xl + i_k, mask=m_tile, other=0.0).to(
         tl.float32
     )  # [BLOCK, BLOCK]
+    if GELU:
+        b_x = gelu_tanh(b_x)
+    if p_smooth is not None:
+        b_x = b_x / tl.load(p_smooth + i_k, mask=i_k < width, other=1.0)
     # As in row_amax: integer maxima of the bits propagate NaN.
     bits = tl.max(tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1), 0)
     scale = safe_scale(bits.to(tl.float32, bitcast=True), 128.0)
@@ -124,7 +130,7 @@ def _(x: Tensor, smooth: Tensor | None, dtype: torch.dtype, activation: str | No
 
 
 @torch.library.custom_op("turbokernels::quantize_block", mutates_args=())
-def _quantize_block(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _quantize_block(x: Tensor, smooth: Tensor | None, block: int, activation: str | None) -> tuple[Tensor, Tensor]:
     x_BLK = as_samples(x)
     n_samples, length, width = x_BLK.shape
     n_t, n_u = triton.cdiv(length, block), triton.cdiv(width, block)
@@ -135,7 +141,17 @@ def _quantize_block(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
     def run(launch: Launch) -> None:
         _tiles_kernel[(n_samples * n_t * n_u,)](
-            x_BLK, values, scale, length, width, x_BLK.stride(0), x_BLK.stride(1), BLOCK=block, **launch.kwargs()
+            x_BLK,
+            values,
+            scale,
+            smooth,
+            length,
+            width,
+            x_BLK.stride(0),
+            x_BLK.stride(1),
+            BLOCK=block,
+            GELU=activation == "gelu_tanh",
+            **launch.kwargs(),
         )
 
     candidates = [Launch(num_warps, 1) for num_warps in ((8, 4, 16) if block > 64 else (4, 2))]
@@ -144,7 +160,7 @@ def _quantize_block(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 @_quantize_block.register_fake
-def _(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, smooth: Tensor | None, block: int, activation: str | None) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-2], -(-x.shape[-2] // block), -(-x.shape[-1] // block))
     return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format), x.new_empty(
         shape, dtype=torch.float32
@@ -159,11 +175,13 @@ def quantize_rows(
     return _quantize_rows(x.detach(), smooth, dtype, activation)
 
 
-def quantize_block(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize_block(
+    x: Tensor, block: int, activation: str | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As reference.quantize_block."""
     check_row_kernel("quantize_block", x, 1)
     if block & (block - 1) or not 16 <= block <= 128:
         raise ValueError(
             f"quantize_block: the kernel has tiles of 16, 32, 64 and 128, not block={block}; use impl='reference'"
         )
-    return _quantize_block(x.detach(), block)
+    return _quantize_block(x.detach(), smooth, block, activation)

@@ -62,17 +62,24 @@ def quantize_rows(
 
     The activation and the division are float32 too, and not rounded to x's dtype before they are quantised.
     """
-    x_RK = x_RK.float()
-    if activation == "gelu_tanh":
-        x_RK = F.gelu(x_RK, approximate="tanh")
-    if smooth_K is not None:
-        x_RK = x_RK / smooth_K
-    values_RK, scale_R = rounded_rows(x_RK, dtype)
+    values_RK, scale_R = rounded_rows(activated(x_RK, activation, smooth_K), dtype)
     return values_RK.to(dtype), scale_R
 
 
 @torch.no_grad()
-def quantize_block(x_LK: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Per-tile quantisation: int8 values (..., L, K) and float32 scales (..., ceil(L / block), ceil(K / block))."""
-    values_LK, scale_TU = rounded_tiles(x_LK, block)
+def quantize_block(
+    x_LK: Tensor, block: int, activation: str | None = None, smooth_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Per-tile quantisation, of what `quantize_rows` quantises: int8 values (..., L, K) and float32 scales
+    (..., ceil(L / block), ceil(K / block)).
+    """
+    values_LK, scale_TU = rounded_tiles(activated(x_LK, activation, smooth_K), block)
     return values_LK.to(torch.int8), scale_TU
+
+
+def activated(x_E: Tensor, activation: str | None, smooth_K: Tensor | None) -> Tensor:
+    """activation(x) / smooth in float32."""
+    x_E = x_E.float()
+    if activation == "gelu_tanh":
+        x_E = F.gelu(x_E, approximate="tanh")
+    return x_E if smooth_K is None else x_E / smooth_K
