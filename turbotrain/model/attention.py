@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from turbokernels import BlockMask
 
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.tangent import Dual, WideLinear, add, cast, linear
+from turbotrain.model.tangent import Dual, WideLinear, add, cast, linear, tangents_left_out
 
 
 def dense_attention(q: Dual, k: Dual, v: Dual) -> Dual:
     """softmax(q k^T / sqrt(D)) v, Lq != Lk allowed; q (B, Lq, N, D), k and v (B, Lk, N, D) -> (B, Lq, N, D)."""
-    if q.t is None and k.t is None and v.t is None:
+    if q.t is None and k.t is None and v.t is None and not tangents_left_out():
         q_BNLD, k_BNLD, v_BNLD = (dual.x.transpose(1, 2) for dual in (q, k, v))
         return Dual(F.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD).transpose(1, 2))
-    return Dual(*tk.attention_jvp(q.x, k.x, v.x, q.t, k.t, v.t))
+    o, to = tk.attention_jvp(q.x, k.x, v.x, q.t, k.t, v.t)
+    return Dual(o, None if tangents_left_out() else to)
 
 
 class DenseAttention(nn.Module):

@@ -37,6 +37,9 @@ def norm_modulate(x_BLD: Tensor, shift_BMD: Tensor, scale_BMD: Tensor, smooth_D:
 
 def affine_norm(x_BLD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * weight + bias."""
+    if torch.compiler.is_compiling():  # whose forward mode knows norms without weights only
+        normed_BLD = F.layer_norm(wide(x_BLD), x_BLD.shape[-1:], eps=eps)
+        return torch.addcmul(wide(bias_D), normed_BLD, wide(weight_D)).to(x_BLD.dtype)
     return F.layer_norm(wide(x_BLD), x_BLD.shape[-1:], wide(weight_D), wide(bias_D), eps).to(x_BLD.dtype)
 
 
@@ -47,8 +50,13 @@ def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def norm_rope(x_BLD: Tensor, weight_D: Tensor, rope_2LP: Tensor, eps: float) -> Tensor:
     """RMSNorm over all heads, then the rotation of neighbouring pairs by angles of cosine and sine `rope`: (B, L, N, H)."""
-    turn_LP = torch.complex(*rope_2LP.unbind())
     normed_BLD = F.rms_norm(wide(x_BLD), x_BLD.shape[-1:], wide(weight_D), eps)
+    if torch.compiler.is_compiling():  # which knows no complex numbers
+        cos_LP, sin_LP = (part[:, None] for part in rope_2LP.unbind())
+        a_BLNP, b_BLNP = normed_BLD.unflatten(-1, (-1, rope_2LP.shape[-1], 2)).unbind(-1)
+        turned = torch.stack([a_BLNP * cos_LP - b_BLNP * sin_LP, a_BLNP * sin_LP + b_BLNP * cos_LP], dim=-1)
+        return turned.flatten(-2).to(x_BLD.dtype)
+    turn_LP = torch.complex(*rope_2LP.unbind())
     pairs_BLNP = torch.view_as_complex(normed_BLD.unflatten(-1, (-1, turn_LP.shape[-1], 2)))
     return torch.view_as_real(pairs_BLNP * turn_LP[:, None]).flatten(-2).to(x_BLD.dtype)
 

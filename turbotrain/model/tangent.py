@@ -10,12 +10,15 @@ Shape suffixes: B batch, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from turbotrain.model.compiled import tangent_of, value_of
 
 
 class Dual(NamedTuple):
@@ -40,6 +43,29 @@ class Quantized(NamedTuple):
         return Quantized(self.values[:, start:stop], scale[:, start:stop], self.dtype)
 
 
+_left_out = [False]
+
+
+def tangents_left_out() -> bool:
+    """Whether a pass that had tangents is being computed again without them: what it saves for the backward pass must be what
+    the first one saved."""
+    return _left_out[-1]
+
+
+def without_tangents() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The contexts of a checkpointed pass with tangents and of its recomputation."""
+    return nullcontext(), _leaving_out()
+
+
+@contextmanager
+def _leaving_out() -> Iterator[None]:
+    _left_out.append(True)
+    try:
+        yield
+    finally:
+        _left_out.pop()
+
+
 def wide(x: Tensor) -> Tensor:
     """x in the precision of the float32 islands: float32, or float64 when it already is."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -50,18 +76,11 @@ def lift(fn: Callable[..., Tensor], *args: Any) -> Dual:
     values = [arg.x if isinstance(arg, Dual) else arg for arg in args]
     tangents = {i: arg.t for i, arg in enumerate(args) if isinstance(arg, Dual) and arg.t is not None}
     if not tangents:
-        return Dual(fn(*values))
-
-    def of_moving(*moving: Tensor) -> Tensor:
-        filled = list(values)
-        for i, value in zip(tangents, moving):
-            filled[i] = value
-        return fn(*filled)
-
-    with torch.no_grad():
-        inputs = tuple(values[i].detach() for i in tangents)
-        pair = torch.func.jvp(of_moving, inputs, tuple(tangents.values()))
-    return Dual(fn(*values) if torch.is_grad_enabled() else pair[0], pair[1])
+        return Dual(value_of(fn, values))
+    primal, tangent = tangent_of(fn, values, tangents)
+    if primal is None or torch.is_grad_enabled():
+        primal = value_of(fn, values)
+    return Dual(primal, tangent)
 
 
 def add(a: Dual, b: Dual) -> Dual:

@@ -17,13 +17,14 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from turbokernels import BlockMask
 
 from turbotrain.model import functional as fn
 from turbotrain.model.attention import SparseLinearAttention, build_attention
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.attention_layers import CrossAttention, SelfAttention
+from turbotrain.model.compiled import element_wise_compiled
 from turbotrain.model.elementwise import (
     Norm,
     feed_forward,
@@ -34,7 +35,7 @@ from turbotrain.model.elementwise import (
 )
 from turbotrain.model.inputs import EncodedContext, Selection, Source, check_context, check_inputs
 from turbotrain.model.rope import Grid, inverse_order, rope_table, token_order
-from turbotrain.model.tangent import Dual, Linear, WideLinear, cast, lift, linear, unbind, wide
+from turbotrain.model.tangent import Dual, Linear, WideLinear, cast, lift, linear, unbind, wide, without_tangents
 from turbotrain.model.token_share import TokenShare
 from turbotrain.model.variants import WanConfig
 
@@ -58,7 +59,7 @@ class Block(nn.Module):
     def __init__(self, config: WanConfig, attention: AttentionConfig) -> None:
         super().__init__()
         self.eps = config.eps
-        self.checkpointed = False
+        self.checkpointed, self.compiled = False, False
         self.ffn_rows: int | None = None
         self.self_attn = SelfAttention(config, attention)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
@@ -84,16 +85,40 @@ class Block(nn.Module):
 
         time (B, M, 6, D): shift, scale, gate of self-attention, then of the feed-forward. share: of which tokens are here.
         """
-        if not (self.checkpointed and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
+            return self._compute(x, time, text, clip, rope_2LP, selection, share)
+        with element_wise_compiled(self.compiled):
+            return self._train(x, time, text, clip, rope_2LP, selection, share)
+
+    def _train(
+        self,
+        x: Dual,
+        time: Dual,
+        text: Source,
+        clip: Source | None,
+        rope_2LP: Tensor,
+        selection: BlockMask | None,
+        share: TokenShare | None,
+    ) -> tuple[Dual, BlockMask | None]:
+        """`_compute`, keeping only its inputs for the backward pass where the block is checkpointed."""
+        if not self.checkpointed:
             return self._compute(x, time, text, clip, rope_2LP, selection, share)
 
-        def compute(x: Dual, time: Dual, text: Source, clip: Source | None) -> Dual:
-            nonlocal selection  # the recomputation reuses the first pass's block lists
-            out, selection = self._compute(x, time, text, clip, rope_2LP, selection, share)
+        tangents = x.t, time.t
+
+        def compute(x: Tensor, time: Tensor, text: Source, clip: Source | None) -> Dual:
+            # The recomputation reuses the first pass's block lists, and has no use for tangents: they have no gradient.
+            nonlocal selection, tangents
+            (tx, ttime), tangents = tangents, (None, None)
+            with element_wise_compiled(self.compiled):
+                out, selection = self._compute(Dual(x, tx), Dual(time, ttime), text, clip, rope_2LP, selection, share)
             return out
 
         # Inside forward, so that the wrappers of parallel training sit outside. No dropout, so no RNG state to restore.
-        out = checkpoint(compute, x, time, text, clip, use_reentrant=False, preserve_rng_state=False)
+        contexts = without_tangents if x.t is not None else noop_context_fn
+        out = checkpoint(
+            compute, x.x, time.x, text, clip, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
         assert out is not None
         return out, selection
 
@@ -189,6 +214,12 @@ class WanTransformer(nn.Module):
             nn.init.normal_(block.get_parameter("modulation"), std=self.config.dim**-0.5)
         nn.init.normal_(self.head.modulation, std=self.config.dim**-0.5)
         nn.init.zeros_(self.head.head.weight)
+
+    def compile_element_wise(self, enabled: bool = True) -> WanTransformer:
+        """Compile what stands between the linears of the blocks, in training passes (compiled.py)."""
+        for block in self.blocks:
+            setattr(block, "compiled", enabled)  # noqa: B010
+        return self
 
     @property
     def dtype(self) -> torch.dtype:

@@ -73,8 +73,11 @@ def linear_attention_jvp(
         phi_k_BNKD = features(_heads_first(k_BLND), feature_map)
         kv_BNDE = phi_k_BNKD.mT @ v_BNKE
         z_BND1 = phi_k_BNKD.sum(2).unsqueeze(-1)
+        # In the order of `linear_attention`: a checkpointed pass with tangents is computed again without them, and both must
+        # save the same tensors.
+        numerator_BNQE = phi_q_BNQD @ kv_BNDE
         inverse_BNQ1 = (phi_q_BNQD @ z_BND1 + EPS).reciprocal()
-        o_BNQE = (phi_q_BNQD @ kv_BNDE) * inverse_BNQ1
+        o_BNQE = numerator_BNQE * inverse_BNQ1
 
         with torch.no_grad():  # reads the primal's values; adds nothing to its graph
             t_phi_q_BNQD = features_tangent(phi_q_BNQD, _heads_first(tq_BLND), feature_map)
