@@ -19,6 +19,7 @@ from turbotrain.compose import UsageError, compose, recipe_names, recipes_folder
 from turbotrain.model.variants import VARIANTS
 
 STAGES = ("codec", "data", "teacher", "sla", "rcm", "merge", "quantize", "evaluate")
+SCHEMES = ("int8_channel", "int8_block128", "fp8_channel")
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 ASSET_PREFIX = "asset:"
 NO_SHARDED_LORA = (
@@ -33,6 +34,7 @@ class ModelSection:
     teacher: str = ""  # checkpoint to start from; empty: the recipe's own teacher stage
     codec: str = ""  # folder with vae/, text_encoder/, tokenizer/; empty: the recipe's codec stage, else the teacher's components
     expert: str = ""  # high | low: which expert of a two-expert variant this run trains, on its own range of times
+    teacher_scheme: str = ""  # 8-bit linears of the teacher of sla and rcm (a scheme of quantize.scheme); empty: floats
 
 
 @dataclass
@@ -53,7 +55,8 @@ class OptimSection:
     eps: float = 1e-8
     grad_clip: float = 1.0
     warmup_steps: int = 0
-    fused: bool = True  # on a GPU, one kernel for the whole update
+    kind: str = "adamw"  # or adamw_8bit: both moments in 8 bits with a scale for every 256 (torchao)
+    fused: bool = True  # adamw: on a GPU, one kernel for the whole update
     decay: str = "constant"  # or cosine: to zero at the stage's last step
 
 
@@ -151,6 +154,8 @@ class RcmSection:
     tangent: str = "jvp"
     tangent_form: str = "rcm"
     guidance: float | None = None  # of the teacher; null: the variant's own, of the expert that is trained
+    # dense: the teacher as it is. sla, sage_sla: the sla stage's network in its place, for it answers faster.
+    teacher_attention: str = "dense"
     loss_scale: float = 100.0
     dmd_loss_scale: float = 1.0
     times_cm: TimeSection = field(default_factory=lambda: TimeSection(mean=0.7, std=1.6))
@@ -235,6 +240,7 @@ class LaunchSection:
     context_parallel: int = 1  # processes that share each sample: its tokens, and the heads of self-attention
     activation_checkpointing: bool = False
     checkpoint_every: int = 1  # with activation_checkpointing: every n-th block; the others keep their activations
+    compile: bool = False  # on a GPU, what stands between the linears of a trained network's blocks is compiled
     walltime_minutes: float = 0.0  # save and stop when this process is so old; 0: no limit
     keep_last: int = 2  # training states kept while a stage runs
 
@@ -316,6 +322,7 @@ def validate(config: Config) -> None:
         _check_loop(name, getattr(config, name))
     if config.teacher.cuda_graph and config.launch.activation_checkpointing:
         reject("teacher.cuda_graph", True, "a graph holds its activations: set launch.activation_checkpointing=false")
+    _choice("model.teacher_scheme", config.model.teacher_scheme, ("", *SCHEMES))
     _choice("sla.objective", config.sla.objective, ("white_box", "black_box"))
     _check_rcm(config.rcm)
     _check_lora(config)
@@ -468,6 +475,9 @@ def _check_optim(name: str, optim: OptimSection) -> None:
     if not optim.grad_clip > 0:
         reject(f"{name}.grad_clip", optim.grad_clip, "a positive norm; a large one, such as 1e9, never clips")
     _choice(f"{name}.decay", optim.decay, ("constant", "cosine"))
+    _choice(f"{name}.kind", optim.kind, ("adamw", "adamw_8bit"))
+    if optim.kind == "adamw_8bit" and find_spec("torchao") is None:
+        reject(f"{name}.kind", optim.kind, "torchao is not installed: pip install turbotrain[optim8]")
 
 
 def _check_times(name: str, times: TimeSection) -> None:
@@ -490,6 +500,13 @@ def _check_rcm(rcm: RcmSection) -> None:
     _choice("rcm.tangent", rcm.tangent, ("jvp", "finite_difference"))
     _choice("rcm.tangent_form", rcm.tangent_form, ("rcm", "scm"))
     _choice("rcm.simulation_times", rcm.simulation_times, ("random", "fixed"))
+    _choice("rcm.teacher_attention", rcm.teacher_attention, ("dense", "sla", "sage_sla"))
+    if rcm.teacher_attention != "dense" and rcm.composition != "sequential":
+        reject(
+            "rcm.teacher_attention",
+            rcm.teacher_attention,
+            "the sla stage's network answers: rcm.composition=sequential",
+        )
     for name in ("batch_size", "student_update_freq", "save_every", "max_bad_steps"):
         _at_least(f"rcm.{name}", getattr(rcm, name), 1)
     for name in ("tangent_warmup", "sample_every"):
@@ -544,7 +561,7 @@ def _check_sampler(sampler: SamplerSection) -> None:
 
 
 def _check_quantize(quantize: QuantizeSection) -> None:
-    _choice("quantize.scheme", quantize.scheme, ("int8_channel", "int8_block128", "fp8_channel"))
+    _choice("quantize.scheme", quantize.scheme, SCHEMES)
     for alpha in quantize.alphas:
         _between("quantize.alphas", alpha, 0, 1)
     if quantize.smooth and not quantize.alphas:

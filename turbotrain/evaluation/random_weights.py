@@ -22,7 +22,7 @@ from turbotrain.codecs.prompts import encoding_place
 from turbotrain.codecs.text import quantize_linears
 from turbotrain.conditioning import Conditioning, condition_on_image
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.quant_linear import QuantLinear, prepare_for_inference
+from turbotrain.model.quant_linear import prepare_for_inference, quantize_linears
 from turbotrain.model.variants import Variant, WanConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
@@ -88,17 +88,10 @@ def random_network(
     for block in model.blocks:
         _filled(block, device)
         if scheme is not None:
-            quantize_block(block, scheme)
+            quantize_linears(block, scheme)
         block.to(home)
     prepare_for_inference(model)
     return model
-
-
-def quantize_block(block: nn.Module, scheme: str) -> None:
-    """Every linear of the block but P in 8 bits, in place, without calibration: enough for a clock."""
-    for name, layer in list(block.named_modules()):
-        if isinstance(layer, nn.Linear) and not name.endswith("proj_l"):
-            block.set_submodule(name, QuantLinear.from_linear(layer, scheme))
 
 
 @torch.no_grad()

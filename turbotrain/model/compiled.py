@@ -35,7 +35,9 @@ def value_of(fn: Callable[..., Tensor], values: list[Any]) -> Tensor:
     return _compiled_value(fn, _shapes(values))(*values)
 
 
-def tangent_of(fn: Callable[..., Tensor], values: list[Any], tangents: dict[int, Tensor]) -> tuple[Tensor | None, Tensor]:
+def tangent_of(
+    fn: Callable[..., Tensor], values: list[Any], tangents: dict[int, Tensor]
+) -> tuple[Tensor | None, Tensor]:
     """(fn(*values) unless compiled, its derivative along `tangents` of the arguments of these positions), without gradients."""
     moving = tuple(tangents)
     with torch.no_grad():

@@ -5,6 +5,7 @@ Legend: B batch, C channels, T latent frames, H, W latent height and width, L te
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from turbotrain.model.variants import VARIANTS, Variant
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.experts import HIGH, Range, time_range
 from turbotrain.stages.loading import BatchReader
-from turbotrain.training.flops import forward_flops
+from turbotrain.training.flops import forward_flops, tangent_flops
 from turbotrain.training.loop import LoopSettings
 from turbotrain.training.meter import Work
 from turbotrain.training.parallel import data_share, make_frozen, make_role
@@ -117,7 +118,7 @@ class StageContext:
         whose weights the trained ones lie."""
         if role in self._frozen:
             return self._frozen[role]
-        network = make_frozen(self.accelerator, self.config.launch, self.engine, self.load(role))
+        network = self._freeze(self.load(role))
         if self.config.lora.rank:
             self._frozen[role] = network
         return network
@@ -126,12 +127,30 @@ class StageContext:
     def _frozen(self) -> dict[str, WanTransformer]:
         return {}
 
-    def work(self, batch_size: int, passes: Mapping[AttentionConfig, float]) -> Work:
-        """What a step has to do that takes `passes` forward passes (a backward pass counts as two) with each attention."""
-        grid = self.latent_shape[1:]
-        per_sample = sum(
-            count * forward_flops(self.variant.config, attention, grid) for attention, count in passes.items()
-        )
+    def _freeze(self, network: WanTransformer, scheme: str = "") -> WanTransformer:
+        return make_frozen(self.accelerator, self.config.launch, self.engine, network, scheme)
+
+    def teacher(self, attention: str = "dense") -> WanTransformer:
+        """The network that answers as teacher, with the recipe's 8-bit linears: the sla stage's for `sla` and `sage_sla`."""
+        scheme = self.config.model.teacher_scheme
+        if attention == "dense" and not scheme:
+            return self.frozen("teacher")
+        network = self.load("teacher" if attention == "dense" else "sla")
+        if attention == "sage_sla":
+            network.set_attention(dataclasses.replace(network.attention_config, kind=attention))
+        return self._freeze(network, scheme)
+
+    def work(
+        self,
+        batch_size: int,
+        passes: Mapping[AttentionConfig, float],
+        tangents: Mapping[AttentionConfig, float] | None = None,
+    ) -> Work:
+        """What a step has to do that takes `passes` forward passes (a backward pass counts as two) with each attention, and
+        `tangents` of them beside."""
+        config, grid = self.variant.config, self.latent_shape[1:]
+        per_sample = sum(count * forward_flops(config, attention, grid) for attention, count in passes.items())
+        per_sample += sum(count * tangent_flops(config, kind, grid) for kind, count in (tangents or {}).items())
         tokens = math.prod(n // p for n, p in zip(grid, self.variant.config.patch_size))
         return Work(tokens * batch_size, per_sample * batch_size)
 

@@ -50,7 +50,7 @@ class RcmTask:
         self.boundary = context.variant.boundary
         self.guidance = context.guidance
         self.source = BatchSource(context, context.dataset(), section.batch_size)
-        self.teacher = context.frozen("teacher")
+        self.teacher = context.teacher(section.teacher_attention)
         self.network = student_network(context)
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         self.average = PowerEMA(self.roles["student"].weights(), rate=section.ema_rate)
@@ -59,7 +59,7 @@ class RcmTask:
             self.roles["critic"] = context.role("critic", fake, section.critic_optim, section.steps)
         # The high-noise expert's consistency ends where the low-noise one takes over: its student is the boundary condition.
         self.low = context.frozen("low") if "low" in context.inputs else None
-        self.work = StepWork(context, self.network.attention_config)
+        self.work = StepWork(context, self.network.attention_config, self.teacher.attention_config)
 
     def plan(self, step: int, draw: int) -> Plan:
         """One loss at a time: the consistency term's graph is gone when the score term's begins."""
@@ -218,27 +218,28 @@ class RcmTask:
 
 class StepWork:
     """What each kind of step has to do, in forward passes (forward and backward: three). The teacher answers twice, with and
-    without the prompt; the student's tangent costs one pass more; simulated samples take 0 to 3 passes before the last."""
+    without the prompt; a discrete step asks the student twice; simulated samples take 0 to 3 passes before the last."""
 
-    def __init__(self, context: StageContext, attention: AttentionConfig) -> None:
-        self.context, self.attention = context, attention
+    def __init__(self, context: StageContext, attention: AttentionConfig, teacher: AttentionConfig) -> None:
+        self.context, self.attention, self.of_teacher = context, attention, teacher
         self.teacher = 1.0 if context.guidance == 1 else 2.0
 
     def student(self, cm: str, dmd: bool) -> Work:
-        passes = {"scm": 4.0, "dcm": 4.0, "none": 0.0}[cm]
-        dense = self.teacher if cm != "none" else 0.0
+        passes = {"scm": 3.0, "dcm": 4.0, "none": 0.0}[cm]
+        teacher = self.teacher if cm != "none" else 0.0
         if dmd:
             passes += 3.0 + (SIMULATION_STEPS - 1) / 2
-            dense += self.teacher + 1.0
-        return self._work(passes, dense)
+            teacher += self.teacher
+        return self._work(passes, teacher, 1.0 if dmd else 0.0, 1.0 if cm == "scm" else 0.0)
 
     def critic(self) -> Work:
-        return self._work(1.0 + (SIMULATION_STEPS - 1) / 2, 3.0)
+        return self._work(1.0 + (SIMULATION_STEPS - 1) / 2, 0.0, 3.0)
 
-    def _work(self, student: float, dense: float) -> Work:
-        passes = {AttentionConfig(): dense}
-        passes[self.attention] = passes.get(self.attention, 0.0) + student
-        return self.context.work(self.context.config.rcm.batch_size, passes)
+    def _work(self, student: float, teacher: float, critic: float, tangents: float = 0.0) -> Work:
+        passes: dict[AttentionConfig, float] = {}
+        for attention, count in ((self.attention, student), (self.of_teacher, teacher), (AttentionConfig(), critic)):
+            passes[attention] = passes.get(attention, 0.0) + count
+        return self.context.work(self.context.config.rcm.batch_size, passes, {self.attention: tangents})
 
 
 def _bound(network: nn.Module, batch: Batch) -> BoundVelocity:

@@ -28,7 +28,7 @@ class SlaTask:
         self.within = context.time_range
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = trainable(context, "teacher", attention_config(context.config))
-        self.teacher = context.frozen("teacher")
+        self.teacher = context.teacher()
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         passes = {self.network.attention_config: 3.0}
         if section.objective == "white_box":

@@ -15,6 +15,18 @@ CLIP_TOKENS = 257
 
 def forward_flops(config: WanConfig, attention: AttentionConfig, grid: tuple[int, ...]) -> float:
     """FLOPs of one forward pass of one sample whose latent has `grid` = (T, H, W); element-wise work is left out."""
+    linears, attend, rest = _parts(config, attention, grid)
+    return linears + attend + rest
+
+
+def tangent_flops(config: WanConfig, attention: AttentionConfig, grid: tuple[int, ...]) -> float:
+    """What the tangent of such a pass costs besides: linears once more, attention twice (four products to its two)."""
+    linears, attend, _ = _parts(config, attention, grid)
+    return linears + 2 * attend
+
+
+def _parts(config: WanConfig, attention: AttentionConfig, grid: tuple[int, ...]) -> tuple[float, float, float]:
+    """Linears of all video tokens, attention, and what text and image tokens take."""
     dim, ffn = config.dim, config.ffn_dim
     length = math.prod(n // p for n, p in zip(grid, config.patch_size))
     patch = math.prod(config.patch_size)
@@ -22,16 +34,18 @@ def forward_flops(config: WanConfig, attention: AttentionConfig, grid: tuple[int
     context = config.text_len + clip_tokens
 
     self_linear = 8 * dim**2 * length
-    cross_linear = 4 * dim**2 * (length + context)
+    cross_linear = 4 * dim**2 * length
     feed_forward = 4 * dim * ffn * length
     attend = 4 * length * dim * (_kept_keys(attention, length) + context)
     if attention.is_sparse:
         attend += 6 * length * dim * config.head_dim  # state of keys and values, queries through it, projection
-    block = self_linear + cross_linear + feed_forward + attend
+    keys_values = 4 * dim**2 * context
     text = 2 * config.text_len * dim * (config.text_dim + dim)
     image = 2 * clip_tokens * (config.image_dim or 0) * ((config.image_dim or 0) + dim)
     ends = 2 * length * dim * patch * (config.in_channels + config.out_channels)
-    return float(config.num_layers * block + text + image + ends)
+    layers = config.num_layers
+    linears = layers * (self_linear + cross_linear + feed_forward) + ends
+    return float(linears), float(layers * attend), float(layers * keys_values + text + image)
 
 
 def _kept_keys(attention: AttentionConfig, length: int) -> float:

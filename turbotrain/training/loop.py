@@ -153,21 +153,13 @@ def train(
         while at.step < settings.steps:
             meter.start()
             plan = task.plan(at.step, at.step + at.detours * settings.steps)
-            role = task.roles[plan.role]
-            sums = _accumulate(role, plan, meter)
-            asked = {"stop": float(interruption.asks_to_stop()), "save": float(interruption.asks_to_save())}
-            norm = role.norm()
-            values = {**sums, **plan.metrics, **asked}
-            means, times, norm_value = _over_ranks(accelerator, values, meter.own_times(), norm)
-            stop, save_now, lost = means.pop("stop"), means.pop("save"), means.pop("lost")
 
-            objection = at.guard.objection(plan.role, means["loss"], norm_value, lost)
-            if objection:
-                role.skip()
-            else:
-                role.step(norm)
-                task.updated(role)
-            log.record(at.step, {"role": plan.role, **means, "grad_norm": norm_value, **meter.stop(times, plan.work)})
+            def asked() -> dict[str, float]:
+                return {"stop": float(interruption.asks_to_stop()), "save": float(interruption.asks_to_save())}
+
+            step = take_step(task, plan, at.guard, meter, accelerator, asked)
+            objection, stop, save_now = step.objection, step.asked["stop"], step.asked["save"]
+            log.record(at.step, step.line)
             bad = bad + 1 if objection else 0
             at.step += 1
             profiler.step()
@@ -197,6 +189,42 @@ def train(
                 raise Stopped(f"{settings.title}: stopped after step {at.step}, as asked; the same command continues")
         save()
         settle()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of a step. line: what metrics.jsonl says of it; objection: why it was not taken, empty if it was; asked: means over ranks."""
+
+    line: dict[str, Any]
+    objection: str
+    asked: dict[str, float]
+
+
+def take_step(
+    task: Task,
+    plan: Plan,
+    guard: Guard,
+    meter: Meter,
+    accelerator: Accelerator,
+    asked: Callable[[], Mapping[str, float]] = dict,
+) -> Step:
+    """Gradients of every term of `plan`, then the update unless the guard objects. `meter` was started before the plan was
+    made; `asked` is called once, on every process, after the gradients."""
+    role = task.roles[plan.role]
+    sums = _accumulate(role, plan, meter)
+    questions = asked()
+    norm = role.norm()
+    values = {**sums, **plan.metrics, **questions}
+    means, times, norm_value = _over_ranks(accelerator, values, meter.own_times(), norm)
+    answers = {name: means.pop(name) for name in questions}
+    objection = guard.objection(plan.role, means["loss"], norm_value, means.pop("lost"))
+    if objection:
+        role.skip()
+    else:
+        role.step(norm)
+        task.updated(role)
+    line = {"role": plan.role, **means, "grad_norm": norm_value, **meter.stop(times, plan.work)}
+    return Step(line, objection, answers)
 
 
 def _pieces(task: Task) -> list[Piece]:

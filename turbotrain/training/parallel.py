@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from turbotrain.compose import UsageError
 from turbotrain.config import Config, LaunchSection, OptimSection
+from turbotrain.model.quant_linear import prepare_for_inference, quantize_linears
 from turbotrain.model.wan import WanTransformer
 from turbotrain.training.optim import learning_rate, make_optimizer
 from turbotrain.training.roles import Role
@@ -111,6 +112,7 @@ def make_role(
     """Wrap `network` and its optimiser for this launch; `updates`: how many it will get, for a decaying rate."""
     network.share_tokens(context_group(accelerator, launch))
     network.enable_activation_checkpointing(launch.activation_checkpointing, launch.checkpoint_every)
+    network.compile_element_wise(launch.compile and accelerator.device.type == "cuda")
     if launch.mixed_precision == "bf16":
         autocast_forward(network, accelerator.device)
     rate = learning_rate(optim, updates)
@@ -130,13 +132,24 @@ def make_role(
 
 
 def make_frozen(
-    accelerator: Accelerator, launch: LaunchSection, engine: str, network: WanTransformer
+    accelerator: Accelerator, launch: LaunchSection, engine: str, network: WanTransformer, scheme: str = ""
 ) -> WanTransformer:
     """A network that only answers (the teacher): without gradients, in bf16 under mixed precision (its float32 islands
-    stay), sharded where the trained ones are."""
+    stay), sharded where the trained ones are.
+
+    scheme: of 8-bit linears in its blocks; it then lies whole on every process, which needs no gathering and less memory than
+    halves of the weights in bf16 would.
+    """
     network.requires_grad_(False).share_tokens(context_group(accelerator, launch))
+    for block in network.blocks if scheme else ():
+        # On the device, block by block: the whole network in floats need not fit there.
+        quantize_linears(block.to(accelerator.device), scheme)
     if launch.mixed_precision == "bf16":
         network.set_weight_dtype(torch.bfloat16)
+    if scheme:
+        network.to(accelerator.device)
+        prepare_for_inference(network)
+        return network
     if engine in ("fsdp2", "zero3") and accelerator.num_processes > 1:
         from turbotrain.training.fsdp import shard
 
