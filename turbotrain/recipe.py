@@ -113,6 +113,8 @@ def _locate(config: Config, stage: str, selected: list[str]) -> tuple[dict[str, 
     required = spec.inputs
     if stage == "rcm" and config.model.expert == "high":
         required = (*required, "low")
+    if stage == "rcm" and config.rcm.teacher_attention != "dense":
+        required = (*required, "sla")
     found, missing = {}, []
     for role in (*required, *spec.optional):
         path = _find(config, stage, role, selected)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from turbotrain.evaluation.random_weights import random_inputs
 from turbotrain.model import elementwise
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.quant_linear import prepare_for_inference, quantize_linears
+from turbotrain.model.quant_linear import prepare_for_inference, quantize_block_linears
 from turbotrain.model.variants import WanConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.placement import swap as swap_module
@@ -31,7 +31,7 @@ def network(scheme: str | None = None, seed: int = 0) -> WanTransformer:
     model = WanTransformer(CONFIG, AttentionConfig("sla", block_q=16, block_k=16)).eval().requires_grad_(False)
     if scheme is not None:
         for block in model.blocks:
-            quantize_linears(block, scheme)
+            quantize_block_linears(block, scheme)
     for parameter in (model.head.head.weight, *(block.get_parameter("modulation") for block in model.blocks)):
         nn.init.normal_(parameter)
     return model

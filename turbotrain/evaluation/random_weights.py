@@ -22,7 +22,7 @@ from turbotrain.codecs.prompts import encoding_place
 from turbotrain.codecs.text import quantize_linears
 from turbotrain.conditioning import Conditioning, condition_on_image
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.quant_linear import prepare_for_inference, quantize_linears
+from turbotrain.model.quant_linear import prepare_for_inference, quantize_block_linears
 from turbotrain.model.variants import Variant, WanConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
@@ -88,7 +88,7 @@ def random_network(
     for block in model.blocks:
         _filled(block, device)
         if scheme is not None:
-            quantize_linears(block, scheme)
+            quantize_block_linears(block, scheme)
         block.to(home)
     prepare_for_inference(model)
     return model

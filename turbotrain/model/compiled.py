@@ -57,7 +57,8 @@ def _forward_mode(
             filled[position] = value
         return fn(*filled)
 
-    return torch.func.jvp(of_moving, tuple(values[position] for position in moving), tangents)
+    primal, tangent, *_ = torch.func.jvp(of_moving, tuple(values[position] for position in moving), tangents)
+    return primal, tangent
 
 
 def _shapes(values: list[Any]) -> tuple[Any, ...]:

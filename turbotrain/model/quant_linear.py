@@ -132,7 +132,7 @@ def common_scheme(layers: Iterable[nn.Module]) -> str | None:
     return schemes.pop() if len(schemes) == 1 else None
 
 
-def quantize_linears(block: nn.Module, scheme: str) -> None:
+def quantize_block_linears(block: nn.Module, scheme: str) -> None:
     """Every linear of a Wan block but P in 8 bits, in place, without calibration."""
     for name, layer in list(block.named_modules()):
         if isinstance(layer, nn.Linear) and not name.endswith("proj_l"):

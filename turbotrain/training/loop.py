@@ -193,7 +193,10 @@ def train(
 
 @dataclass(frozen=True)
 class Step:
-    """What became of a step. line: what metrics.jsonl says of it; objection: why it was not taken, empty if it was; asked: means over ranks."""
+    """What became of a step.
+
+    line: what metrics.jsonl says of it; objection: why it was not taken, empty if it was; asked: means over the processes.
+    """
 
     line: dict[str, Any]
     objection: str

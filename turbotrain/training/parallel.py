@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from turbotrain.compose import UsageError
 from turbotrain.config import Config, LaunchSection, OptimSection
-from turbotrain.model.quant_linear import prepare_for_inference, quantize_linears
+from turbotrain.model.quant_linear import prepare_for_inference, quantize_block_linears
 from turbotrain.model.wan import WanTransformer
 from turbotrain.training.optim import learning_rate, make_optimizer
 from turbotrain.training.roles import Role
@@ -143,7 +143,7 @@ def make_frozen(
     network.requires_grad_(False).share_tokens(context_group(accelerator, launch))
     for block in network.blocks if scheme else ():
         # On the device, block by block: the whole network in floats need not fit there.
-        quantize_linears(block.to(accelerator.device), scheme)
+        quantize_block_linears(block.to(accelerator.device), scheme)
     if launch.mixed_precision == "bf16":
         network.set_weight_dtype(torch.bfloat16)
     if scheme:
