@@ -218,12 +218,14 @@ def _rows(
     device, warmup, repeats = accelerator.device, options.warmup, options.repeats
     task, _ = build(kind, config, folder, accelerator, engine)
     teacher = Stopwatch(getattr(task, "teacher"), device)  # noqa: B009 (every stage that is timed has one)
-    state, guard, meter = _memory(accelerator)[0], Guard(config.sla.guard), Meter(device)
+    guard, meter = Guard(config.sla.guard), Meter(device)
+    _forget_peak(device)
+    state = _memory(accelerator)[0]
     kinds = ("critic", "scm+dmd") if kind == "dmd" else (kind,)
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     for number in range((warmup + repeats) * len(kinds)):
-        if number == warmup * len(kinds) and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        if number == warmup * len(kinds):
+            _forget_peak(device)
         _finish(device)
         began = time.perf_counter()
         meter.start()
@@ -289,6 +291,11 @@ def _kernels(step: Callable[[], object]) -> str:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _memory(accelerator: Accelerator) -> tuple[float, float]:

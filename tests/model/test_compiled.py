@@ -22,7 +22,7 @@ GRID = (3, 6, 8)
 @pytest.fixture
 def without_codegen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Traced and differentiated as for a GPU, then run by PyTorch's own kernels: compilation itself takes a minute."""
-    caches = compiled._compiled_value, compiled._compiled_tangent
+    caches = compiled._compiled_value, compiled._compiled_gradient, compiled._compiled_tangent
     monkeypatch.setattr(compiled.torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     for cache in caches:
         cache.cache_clear()
@@ -46,6 +46,7 @@ def test_compiled_passes_compute_the_same(without_codegen: None) -> None:
     model.compile_element_wise()
     plain = results(model, given, weight)
     assert compiled._compiled_value.cache_info().currsize > 4
+    assert compiled._compiled_gradient.cache_info().currsize > 4
     assert compiled._compiled_tangent.cache_info().currsize > 4
     model.enable_activation_checkpointing()
     for found in (plain, results(model, given, weight)):
