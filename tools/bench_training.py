@@ -135,7 +135,7 @@ def shards(config: Config, accelerator: Accelerator) -> Iterator[Path]:
 
 
 def compose(kind: str, overrides: Sequence[str], processes: int) -> Config:
-    """The configuration of a case: one sample a process and micro-batch unless the batch is given.
+    """The configuration of a case: one sample a process (or group that shares it) and micro-batch unless the batch is given.
 
     Raises:
         UsageError: what the schema refuses.
@@ -153,7 +153,7 @@ def compose(kind: str, overrides: Sequence[str], processes: int) -> Config:
     config = load_config([*given, *fixed])
     section = getattr(config, stage)
     if not any(item.startswith(f"{stage}.batch_size=") for item in given):
-        section.batch_size = processes * config.launch.micro_batches
+        section.batch_size = processes // config.launch.context_parallel * config.launch.micro_batches
     return config
 
 

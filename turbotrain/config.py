@@ -537,6 +537,11 @@ def _check_lora(config: Config) -> None:
         reject("lora.alpha", lora.alpha, "a positive factor, or null for the rank")
     if lora.rank and not lora.targets:
         reject("lora.targets", lora.targets, "at least one pattern of a block's linears, for example [self_attn.*]")
+    shared = "with lora.rank student and teacher share their weights"
+    if lora.rank and config.model.teacher_scheme:
+        reject("model.teacher_scheme", config.model.teacher_scheme, f"{shared}: leave it empty")
+    if lora.rank and config.rcm.teacher_attention != "dense":
+        reject("rcm.teacher_attention", config.rcm.teacher_attention, f"{shared}: dense")
     if lora.rank and config.launch.engine not in ("auto", "ddp"):
         reject("launch.engine", config.launch.engine, NO_SHARDED_LORA)
 

@@ -72,6 +72,8 @@ REFUSED = {
     "model.teacher_scheme=int4": "model.teacher_scheme='int4'",
     "rcm.teacher_attention=sparse": "rcm.teacher_attention='sparse'",
     "rcm.teacher_attention=sla rcm.composition=joint": "rcm.composition=sequential",
+    "model.teacher_scheme=int8_channel lora.rank=4": "share their weights",
+    "rcm.teacher_attention=sla lora.rank=4": "share their weights",
 }
 
 
