@@ -20,6 +20,7 @@ from turbotrain.model.variants import VARIANTS
 
 STAGES = ("codec", "data", "teacher", "sla", "rcm", "merge", "quantize", "evaluate")
 SCHEMES = ("int8_channel", "int8_block128", "fp8_channel")
+BOTH = "both"  # of model.expert
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
 ASSET_PREFIX = "asset:"
 NO_SHARDED_LORA = (
@@ -33,7 +34,8 @@ class ModelSection:
     variant: str = "wan2.1_t2v_1.3b"
     teacher: str = ""  # checkpoint to start from; empty: the recipe's own teacher stage
     codec: str = ""  # folder with vae/, text_encoder/, tokenizer/; empty: the recipe's codec stage, else the teacher's components
-    expert: str = ""  # high | low: which expert of a two-expert variant this run trains, on its own range of times
+    # Of a two-expert variant: high | low, which one this run trains, on its own range of times; both: what samples with the two.
+    expert: str = ""
     teacher_scheme: str = ""  # 8-bit linears of the teacher of sla and rcm (a scheme of quantize.scheme); empty: floats
 
 
@@ -280,8 +282,8 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        """Of two experts each has a folder of its own."""
-        return Path(self.output_dir) / self.name / self.model.expert
+        """Of two experts each has a folder of its own, and what they make together lies above."""
+        return Path(self.output_dir) / self.name / self.model.expert.replace(BOTH, "")
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -399,10 +401,16 @@ def _check_expert(config: Config) -> None:
     if len(experts) == 1 and expert:
         reject("model.expert", expert, f"{config.model.variant} has one network; leave it empty")
     if len(experts) > 1:
-        _choice("model.expert", expert, experts)
-        for stage in ("quantize", "evaluate"):
-            if stage in config.stages:
-                reject("stages", stage, "samples with both experts, and a run trains one; leave it out")
+        _choice("model.expert", expert, (*experts, BOTH))
+        for stage in config.stages:
+            if stage == "evaluate":
+                reject("stages", stage, "its judge knows the shapes world only; leave it out")
+            if stage == "quantize" and expert != BOTH:
+                reject(
+                    "stages", stage, "samples with both experts: run it with model.expert=both when both are trained"
+                )
+            if stage != "quantize" and expert == BOTH:
+                reject("stages", stage, "is of one expert: model.expert=low, then high")
 
 
 def _check_attention(attention: AttentionSection) -> None:

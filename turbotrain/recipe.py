@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from turbotrain.compose import UsageError, reject
-from turbotrain.config import NO_SHARDED_LORA, STAGES, Config, resolve
+from turbotrain.config import BOTH, NO_SHARDED_LORA, STAGES, Config, resolve
 from turbotrain.model.variants import VARIANTS
 from turbotrain.records import Plan, begin, finish, flatten, make_fingerprint, plan_stage, set_aside, status
 
@@ -115,6 +115,8 @@ def _locate(config: Config, stage: str, selected: list[str]) -> tuple[dict[str, 
         required = (*required, "low")
     if stage == "rcm" and config.rcm.teacher_attention != "dense":
         required = (*required, "sla")
+    if stage == "quantize" and config.model.expert == BOTH:
+        required = ("high", "low", *(role for role in required if role != "student"))
     found, missing = {}, []
     for role in (*required, *spec.optional):
         path = _find(config, stage, role, selected)
@@ -147,8 +149,9 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
         return own("data")
     if role == "teacher":
         return own("teacher") or (_named_teacher(config) if config.model.teacher else None)
-    if role == "low":
-        folder = config.run_folder.parent / "low" / "rcm"
+    if role in ("high", "low"):
+        both = config.run_folder if config.model.expert == BOTH else config.run_folder.parent
+        folder = both / role / ("merge" if stage == "quantize" and config.rcm.composition == "merge" else "rcm")
         return folder / "checkpoint" if status(folder) == "done" else None
     if role == "sla" and stage == "rcm" and config.rcm.composition != "sequential":
         return None
@@ -159,12 +162,12 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
 
 
 def _named_teacher(config: Config) -> Path:
-    """`model.teacher`, of a two-expert folder the expert that is trained."""
+    """`model.teacher`, of a two-expert folder the expert that is trained (for both the high-noise one: its codec serves)."""
     from turbotrain.checkpoint.header import expert_folders
 
     path = resolve(config.model.teacher)
     pair = expert_folders(path) if config.model.expert else None
-    return path if pair is None else pair[("high", "low").index(config.model.expert)]
+    return path if pair is None else pair[config.model.expert == "low"]
 
 
 def _remedy(role: str) -> str:
@@ -173,6 +176,7 @@ def _remedy(role: str) -> str:
         "data": "shards of latents: select the stage data, or set data.kind=shards and data.path",
         "teacher": "a teacher: set model.teacher to its checkpoint, or select the stage teacher",
         "low": "the low-noise expert's student: train that one first, with model.expert=low and the same name",
+        "high": "the high-noise expert's student: train that one too, with model.expert=high and the same name",
         "student": "a trained student: select or finish the stage rcm (or sla) first",
     }.get(role, f"the finished stage {role}: select it too, for example stages=[{role},...]")
 

@@ -81,14 +81,16 @@ def write_model(
     *,
     sampler: Mapping[str, Any] | None = None,
     quantization: Mapping[str, Any] | None = None,
+    expert: str = "",
 ) -> CheckpointMeta:
     """Write the stage's checkpoint: weights, everything that inference needs to know, and where it came from.
 
-    state_dict: of a network with LoRA, what was trained of it: the checkpoint has it merged, and `lora/` beside it alone.
+    expert: which one this is, of a stage that makes both. state_dict: of a network with LoRA, what was trained of it; the
+    checkpoint has it merged, and `lora/` beside it alone.
     """
     lineage: list[dict[str, Any]] = []
     base_license = ""
-    for role in ("teacher", "sla", "rcm", "merge", "student"):
+    for role in ("teacher", "sla", "rcm", "merge", "student", expert):
         if role in context.inputs:
             before = read_meta(context.inputs[role])
             lineage, base_license = before.lineage, before.license
@@ -113,7 +115,7 @@ def write_model(
         save_lora(context.folder / "lora" / LORA_FILE, lora_change(state_dict, network), meta)
         state_dict = merged_state(network, state_dict)
         meta = dataclasses.replace(meta, dtype="float32")
-    save_checkpoint(context.checkpoint, state_dict, meta, copied)
+    save_checkpoint(context.checkpoint / expert, state_dict, meta, copied)
     return meta
 
 

@@ -38,7 +38,7 @@ from turbotrain.training.seeding import StepRandom, derive_seed
 @dataclass(frozen=True)
 class StageContext:
     """One stage of one run: its folder, and where its inputs lie (by role: codec, data, teacher, sla, rcm, merge, quantize;
-    low: the low-noise expert's student)."""
+    high, low: an expert's student)."""
 
     name: str
     config: Config
