@@ -33,6 +33,7 @@ NO_SHARDED_LORA = (
 class ModelSection:
     variant: str = "wan2.1_t2v_1.3b"
     teacher: str = ""  # checkpoint to start from; empty: the recipe's own teacher stage
+    sla: str = ""  # checkpoint of an SLA stage that rcm and merge start from; empty: the run's own
     codec: str = ""  # folder with vae/, text_encoder/, tokenizer/; empty: the recipe's codec stage, else the teacher's components
     # Of a two-expert variant: high | low, which one this run trains, on its own range of times; both: what samples with the two.
     expert: str = ""
@@ -96,6 +97,7 @@ class CodecSection:
     decoder_steps: int = 0  # more steps for the VAE's decoder alone, after `steps`
     batch_size: int = 64
     text_steps: int = 1500
+    start: str = ""  # folder with a codec: its VAE is trained on, its text encoder is taken as it is
 
 
 @dataclass
@@ -135,6 +137,7 @@ class SlaSection(LoopSection):
     objective: str = "white_box"  # or black_box: the flow-matching loss instead of the teacher's velocity
     times: TimeSection = field(default_factory=lambda: TimeSection(mean=1.5, std=1.6))
     caption_dropout: float = 0.0
+    linear_branch: bool = True  # false: sparse attention alone, for comparison; the branch's projection stays at zero
 
 
 @dataclass

@@ -35,7 +35,7 @@ class StageSpec:
 
 
 SPECS: dict[str, StageSpec] = {
-    "codec": StageSpec(("codec", "data"), ()),
+    "codec": StageSpec(("codec", "data"), (), optional=("start",)),
     "data": StageSpec(("data",), ("codec",)),
     "teacher": StageSpec(("teacher",), ("data",), optional=("teacher", "codec"), every_rank=True),
     "sla": StageSpec(("sla", "attention", "lora"), ("teacher", "data"), optional=("codec",), every_rank=True),
@@ -147,6 +147,8 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
         if config.data.kind == "shards":
             return resolve(config.data.path) if config.data.path else None
         return own("data")
+    if role == "start":
+        return resolve(config.codec.start) if config.codec.start else None
     if role == "teacher":
         return own("teacher") or (_named_teacher(config) if config.model.teacher else None)
     if role in ("high", "low"):
@@ -155,6 +157,8 @@ def _find(config: Config, stage: str, role: str, selected: list[str]) -> Path | 
         return folder / "checkpoint" if status(folder) == "done" else None
     if role == "sla" and stage == "rcm" and config.rcm.composition != "sequential":
         return None
+    if role == "sla" and stage in ("rcm", "merge"):
+        return own("sla") or (resolve(config.model.sla) if config.model.sla else None)
     if role == "student":
         order = ("merge",) if config.rcm.composition == "merge" else ()
         return next((path for name in (*order, "rcm", "sla") if (path := own(name)) is not None), None)
@@ -205,7 +209,7 @@ def check_inputs(config: Config, selected: list[str]) -> None:
             check_checkpoint(path, variant=variant.name)
         if role == "data":
             check_shards(path, needs_of(config))
-        if role == "codec" and not _holds_codec(path):
+        if role in ("codec", "start") and not _holds_codec(path):
             raise UsageError(
                 f"{_field(config, role)}={str(path)!r}: no codec in it; a codec folder holds vae/, text_encoder/, tokenizer/"
             )
@@ -228,7 +232,7 @@ def _holds_codec(path: Path) -> bool:
 
 def _field(config: Config, role: str) -> str:
     codec = "model.codec" if config.model.codec else "model.teacher"
-    return {"data": "data.path", "codec": codec}.get(role, "model.teacher")
+    return {"data": "data.path", "codec": codec, "start": "codec.start", "sla": "model.sla"}.get(role, "model.teacher")
 
 
 # ---- one stage -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from turbotrain.codecs.official import is_official_file, load_vae
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, which a command that fails on bad input should not pay
     from diffusers import AutoencoderKLWan
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 # Pixels of all frames that go through together where `chunk` does not say. On an H200 two latent frames of 832x480, one of
 # 1280x720: longer chunks gain 4% at most, and keep whoever waits for frames waiting. On a CPU what its caches like.
@@ -187,16 +186,6 @@ def _arrived(frames_BTHWC: Tensor, event: torch.cuda.Event | None) -> Tensor:
     if event is not None:
         event.synchronize()
     return frames_BTHWC
-
-
-def posterior(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> DiagonalGaussianDistribution:
-    """What the VAE makes of pixels in [-1, 1]: a Gaussian over latents (B, C, T', H', W') that are not normalised yet."""
-    return vae.encode(pixels_BCTHW, return_dict=False)[0]
-
-
-def reconstruct(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
-    """Pixels (B, 3, T, H, W), about [-1, 1], of latents that are not normalised."""
-    return cast(tuple[Tensor], vae.decode(latents_BCTHW, return_dict=False))[0]  # the annotation forgets this tuple
 
 
 def frames_to_pixels(frames_BTHWC: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,7 @@
 """The shapes world: captions from a small grammar and the clips that show them, deterministic from (seed, index).
 
-One or two coloured shapes move evenly over a plain background for 13 frames of 64x64 pixels at 8 frames a second. A caption
+One or two coloured shapes move evenly over a plain background for 13 frames of 64x64 pixels at 8 frames a second; a clip of
+another length shows the same way in more or fewer steps. A caption
 names, per object from left to right, size, colour, shape, direction and speed, and the background; it leaves the start
 position free, which is what `turbotrain.evaluation.judge.coverage` measures. Eight of the 48 (shape, colour, size) triples
 never occur in the training split: every shape is still seen in every colour and every size, but not in that conjunction.
@@ -198,30 +199,31 @@ def sample_clips(count: int, seed: int = 0, split: str = "train", start: int = 0
     return [sample_clip(index, seed, split, pairs) for index in range(start, start + count)]
 
 
-def render_batch(clips: Sequence[Clip]) -> NDArray[np.uint8]:
+def render_batch(clips: Sequence[Clip], frames: int = FRAMES) -> NDArray[np.uint8]:
     """Frames uint8 (B, T, H, W, C) of many clips at once."""
     objects = [
-        (row, spec.shape, spec.colour, spec.size, positions(start, spec.direction, spec.speed))
+        (row, spec.shape, spec.colour, spec.size, positions(start, spec.direction, spec.speed, frames))
         for row, clip in enumerate(clips)
         for spec, start in zip(clip.scene.objects, clip.starts)
     ]
-    return draw(objects, [clip.scene.background for clip in clips])
+    return draw(objects, [clip.scene.background for clip in clips], frames)
 
 
 def render_parallel(
-    count: int, seed: int = 0, split: str = "train", start: int = 0, pairs: float = 0.5
+    count: int, seed: int = 0, split: str = "train", start: int = 0, pairs: float = 0.5, frames: int = FRAMES
 ) -> NDArray[np.uint8]:
     """Frames of clips start .. start + count - 1, rendered by all cores. Call it under `if __name__ == "__main__"`."""
     chunk = 256
     if count <= chunk:
-        return render_batch(sample_clips(count, seed, split, start, pairs))
-    jobs = [(min(chunk, start + count - at), seed, split, at, pairs) for at in range(start, start + count, chunk)]
+        return render_batch(sample_clips(count, seed, split, start, pairs), frames)
+    jobs = [(min(chunk, start + count - at), seed, split, at, pairs, frames) for at in range(start, start + count, chunk)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as workers:
         return np.concatenate(list(workers.map(_render_job, jobs)))
 
 
-def _render_job(job: tuple[int, int, str, int, float]) -> NDArray[np.uint8]:
-    return render_batch(sample_clips(*job))
+def _render_job(job: tuple[int, int, str, int, float, int]) -> NDArray[np.uint8]:
+    *clips, frames = job
+    return render_batch(sample_clips(*clips), frames)
 
 
 def start_range(spec: ObjectSpec) -> tuple[tuple[float, float], tuple[float, float]]:

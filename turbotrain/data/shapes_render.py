@@ -12,6 +12,8 @@ Coordinates are (y, x) in pixels; pixel i covers [i, i + 1), so its centre lies 
 from __future__ import annotations
 
 import math
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +33,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SIZES: dict[str, float] = {"small": 6.5, "large": 10.5}  # radius, pixels
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-SPEEDS: dict[str, float] = {"slowly": 0.5, "fast": 1.5}  # pixels per frame
+SPEEDS: dict[str, float] = {"slowly": 0.5, "fast": 1.5}  # pixels per frame of a clip of FRAMES; see `pace`
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
     "gray": (122, 122, 122),
@@ -61,22 +63,25 @@ CORNERS: dict[str, float] = {
 _PAD = 16  # windows may reach past the frame's edge; they are cut off after drawing
 
 
-def signed_distance(shape: str, dy: NDArray, dx: NDArray, radius: NDArray | float) -> NDArray:
-    """Signed distance in pixels (negative inside) of points at (dy, dx) from the centre of a shape with this radius."""
+def signed_distance(shape: str, dy: Any, dx: Any, radius: Any, xp: ModuleType = np) -> Any:
+    """Signed distance in pixels (negative inside) of points at (dy, dx) from the centre of a shape with this radius.
+
+    xp: numpy, or torch for tensors: what is used here they call alike.
+    """
     if shape == "circle":
-        return np.hypot(dy, dx) - radius
+        return xp.hypot(dy, dx) - radius
     if shape == "square":
-        return np.maximum(np.abs(dy), np.abs(dx)) - _SQUARE_HALF * radius
+        return xp.maximum(abs(dy), abs(dx)) - _SQUARE_HALF * radius
     if shape == "cross":
-        near = np.minimum(np.abs(dy), np.abs(dx)) - _CROSS_ARM * radius
-        far = np.maximum(np.abs(dy), np.abs(dx)) - _CROSS_REACH * radius
-        return np.maximum(near, far)
+        near = xp.minimum(abs(dy), abs(dx)) - _CROSS_ARM * radius
+        far = xp.maximum(abs(dy), abs(dx)) - _CROSS_REACH * radius
+        return xp.maximum(near, far)
     if shape == "triangle":
         # Apex up. The slanted edge runs from (-top, 0) to (base, half): its outward normal is (-half, top + base), normalised.
-        slope = np.hypot(_TRIANGLE_HALF, _TRIANGLE_TOP + _TRIANGLE_BASE)
+        slope = math.hypot(_TRIANGLE_HALF, _TRIANGLE_TOP + _TRIANGLE_BASE)
         ny, nx = -_TRIANGLE_HALF / slope, (_TRIANGLE_TOP + _TRIANGLE_BASE) / slope
-        side = (dy + _TRIANGLE_TOP * radius) * ny + np.abs(dx) * nx
-        return np.maximum(side, dy - _TRIANGLE_BASE * radius)
+        side = (dy + _TRIANGLE_TOP * radius) * ny + abs(dx) * nx
+        return xp.maximum(side, dy - _TRIANGLE_BASE * radius)
     raise ValueError(f"shape={shape!r}: expected one of {', '.join(SHAPES)}")
 
 
@@ -89,9 +94,14 @@ def coverage_window(shape: str, centre_K2: NDArray, radius: float, half: int) ->
     return np.clip(0.5 - signed_distance(shape, dy_KP1, dx_K1P, radius), 0.0, 1.0), corner_K2
 
 
+def pace(frames: int) -> float:
+    """What a frame's step in a clip of `frames` is to one of `SPEEDS`: clips of all lengths show the same way."""
+    return (FRAMES - 1) / max(1, frames - 1)
+
+
 def positions(start_2: tuple[float, float], direction: str, speed: str, frames: int = FRAMES) -> NDArray:
     """Centres (T, 2) of an object that starts at (y, x) and moves evenly."""
-    step = np.asarray(DIRECTIONS[direction], dtype=np.float64) * SPEEDS[speed]
+    step = np.asarray(DIRECTIONS[direction], dtype=np.float64) * SPEEDS[speed] * pace(frames)
     return np.asarray(start_2, dtype=np.float64) + np.arange(frames)[:, None] * step
 
 

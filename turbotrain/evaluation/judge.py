@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotrain.data.shapes import ATTRIBUTES, GRID, Scene, parse_caption
-from turbotrain.data.shapes_render import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, SIZES, SPEEDS, coverage_window
+from turbotrain.data.shapes_render import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, SIZES, SPEEDS, coverage_window, pace
 
-_CONTRAST = 48.0  # a pixel nearer than this to the background (in RGB) is background
-_LEAST_AREA = 24.0  # pixels that an object must cover: a fifth of the smallest shape
-_LEAST_MOTION = 0.2  # pixels a frame below which nothing moves
-_LEAST_FRAMES = 7  # an object seen in fewer frames has no readable motion
-_HALF = 15  # templates' windows reach this far from the centre
-_MEAN_SPEED = sum(SPEEDS.values()) / len(SPEEDS)
+CONTRAST = 48.0  # a pixel nearer than this to the background (in RGB) is background
+LEAST_AREA = 24.0  # pixels that an object must cover: a fifth of the smallest shape
+LEAST_MOTION = 0.2  # pixels a frame (of SPEEDS) below which nothing moves
+LEAST_FRAMES = 7  # an object seen in fewer frames has no readable motion
+HALF = 15  # templates' windows reach this far from the centre
+MEAN_SPEED = sum(SPEEDS.values()) / len(SPEEDS)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def read_clip(frames_THWC: NDArray[np.uint8], count: int) -> tuple[str, list[Rea
     colours = list(COLOURS)
     seen: list[Reading | None] = []
     for index in np.argsort(-area_KT.mean(1))[:count]:
-        visible = area_KT[index].mean() >= _LEAST_AREA
+        visible = area_KT[index].mean() >= LEAST_AREA
         seen.append(_read_object(colours[index], cover_KTHW[index], area_KT[index]) if visible else None)
     return background, seen
 
@@ -116,7 +116,7 @@ def _coverage_by_colour(pixels_THWC: NDArray, ground_C: NDArray) -> NDArray:
     """(K, T, H, W): how much of each pixel each colour covers; every pixel is given to the colour that explains it best."""
     excess_THWC = pixels_THWC - ground_C
     # Most pixels are background: only the others (N of them) are looked at closely.
-    strong = np.nonzero((excess_THWC**2).sum(-1) > _CONTRAST**2)
+    strong = np.nonzero((excess_THWC**2).sum(-1) > CONTRAST**2)
     excess_NC = excess_THWC[strong]
     direction_KC = np.asarray(list(COLOURS.values()), dtype=np.float32) - ground_C
     share_KN = np.clip(direction_KC @ excess_NC.T / ((direction_KC**2).sum(1, keepdims=True) + 1e-6), 0.0, 1.0)
@@ -128,7 +128,7 @@ def _coverage_by_colour(pixels_THWC: NDArray, ground_C: NDArray) -> NDArray:
 
 
 def _read_object(colour: str, cover_THW: NDArray, area_T: NDArray) -> Reading:
-    present_T = area_T >= _LEAST_AREA
+    present_T = area_T >= LEAST_AREA
     frames = np.flatnonzero(present_T)
     axis = np.arange(SIZE) + 0.5
     mass_T = area_T[frames]
@@ -142,12 +142,12 @@ def _read_object(colour: str, cover_THW: NDArray, area_T: NDArray) -> Reading:
     shape, size = _match_template(cover_THW[frames], centre_T2)
     direction = speed = None
     slope_2 = np.zeros(2)
-    if len(frames) >= _LEAST_FRAMES:
+    if len(frames) >= LEAST_FRAMES:
         slope_2 = np.polyfit(frames, centre_T2, 1)[0]
-        distance = float(np.abs(slope_2).max())
-        if distance >= _LEAST_MOTION:
+        distance = float(np.abs(slope_2).max()) / pace(len(area_T))
+        if distance >= LEAST_MOTION:
             direction = max(DIRECTIONS, key=lambda name: float(slope_2 @ np.asarray(DIRECTIONS[name])))
-            speed = min(SPEEDS, key=lambda name: SPEEDS[name] if distance < _MEAN_SPEED else -SPEEDS[name])
+            speed = min(SPEEDS, key=lambda name: SPEEDS[name] if distance < MEAN_SPEED else -SPEEDS[name])
     start_2 = centre_T2[0] - slope_2 * frames[0]
     found = {"shape": shape, "colour": colour, "size": size, "direction": direction, "speed": speed}
     return Reading(found, (float(start_2[0]), float(start_2[1])))
@@ -155,15 +155,15 @@ def _read_object(colour: str, cover_THW: NDArray, area_T: NDArray) -> Reading:
 
 def _match_template(cover_THW: NDArray, centre_T2: NDArray) -> tuple[str, str]:
     """The (shape, size) whose picture at these centres differs least from the coverage."""
-    pad = _HALF + 1
+    pad = HALF + 1
     padded = np.pad(cover_THW, ((0, 0), (pad, pad), (pad, pad)))
     best: tuple[float, str, str] | None = None
     windows = None
     for shape in SHAPES:
         for size, radius in SIZES.items():
-            template_TPP, corner_T2 = coverage_window(shape, centre_T2, radius, _HALF)
+            template_TPP, corner_T2 = coverage_window(shape, centre_T2, radius, HALF)
             if windows is None:
-                width = 2 * _HALF + 1
+                width = 2 * HALF + 1
                 windows = np.stack(
                     [
                         frame[row + pad : row + pad + width, column + pad : column + pad + width]

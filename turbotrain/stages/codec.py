@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
@@ -25,24 +24,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from turbotrain.codecs.text import TextEncoder
-from turbotrain.codecs.vae import VideoCodec, frames_to_pixels, posterior, reconstruct
+from turbotrain.codecs.vae import VideoCodec, frames_to_pixels
+from turbotrain.codecs.whole_clip import posterior, reconstruct
 from turbotrain.data.shapes import (
     ATTRIBUTES,
     BACKGROUNDS,
+    FRAMES,
     Scene,
     render_batch,
     render_parallel,
     sample_clips,
     vocabulary,
 )
-from turbotrain.evaluation.judge import judge
+from turbotrain.evaluation.readings import judge_clips
 from turbotrain.stages.context import StageContext
 from turbotrain.training.seeding import derive_seed
 
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
-POOL = 8_192  # rendered clips that the VAE trains on
+POOL = 8_192 * FRAMES  # rendered frames that the VAE trains on, in clips of the recipe's length
 JUDGED = 256
 KL_WEIGHT = 3e-6
+RATE, RATE_OF_A_START = 1e-3, 4e-4  # the latter where there is something to keep: latents that a teacher knows
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -55,6 +57,8 @@ def run(context: StageContext) -> dict[str, object]:
         decoder_steps=section.decoder_steps,
         batch_size=section.batch_size,
         text_steps=section.text_steps,
+        frames=context.config.data.frames,
+        start=context.inputs.get("start"),
         say=context.say,
     )
 
@@ -68,28 +72,41 @@ def train_codec(
     decoder_steps: int,
     batch_size: int,
     text_steps: int,
+    frames: int = FRAMES,
+    start: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, object]:
     """Train both and write `vae/`, `text_encoder/` and `tokenizer/` under `folder`, complete or not at all.
 
+    Args:
+        frames: of the clips that the VAE learns: it knows only such lengths as it has seen.
+        start: a folder with a codec; its VAE is trained on, its text encoder is taken as it is.
+
     Returns:
-        PSNR (dB) and judged accuracy of reconstructed held-out clips, and the text probe's accuracy on held-out captions.
+        PSNR (dB) and judged accuracy of reconstructed held-out clips, and the accuracy of a text probe that was trained.
     """
     torch.manual_seed(derive_seed(seed, "codec"))
-    vae, vae_metrics = train_vae(device, seed, steps, decoder_steps, batch_size, say)
-    text, text_metrics = train_text(device, seed, text_steps, say)
+    vae, metrics = train_vae(device, seed, steps, decoder_steps, batch_size, say, frames, start)
+    text: TextEncoder | None = None
+    if start is None:
+        text, text_metrics = train_text(device, seed, text_steps, say)
+        metrics.update(text_metrics)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         vae.half().save_pretrained(partial / "vae")
-        text.encoder.save_pretrained(partial / "text_encoder")
-        text.tokenizer.save_pretrained(partial / "tokenizer")
+        if text is not None:
+            text.encoder.save_pretrained(partial / "text_encoder")
+            text.tokenizer.save_pretrained(partial / "tokenizer")
+        elif start is not None:
+            for name in ("text_encoder", "tokenizer"):
+                shutil.copytree(start / name, partial / name)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {**vae_metrics, **text_metrics}
+    return metrics
 
 
 # ---- the VAE -------------------------------------------------------------------------------------------------------
@@ -152,12 +169,19 @@ def object_weight(pixels_BCTHW: Tensor) -> Tensor:
 
 
 def train_vae(
-    device: torch.device, seed: int, steps: int, decoder_steps: int, batch_size: int, say: Callable[[str], None]
+    device: torch.device,
+    seed: int,
+    steps: int,
+    decoder_steps: int,
+    batch_size: int,
+    say: Callable[[str], None],
+    frames: int = FRAMES,
+    start: Path | None = None,
 ) -> tuple[AutoencoderKLWan, dict[str, object]]:
     """Train the VAE to reconstruct, then its decoder alone; measure the latents' mean and spread."""
-    clips = render_parallel(min(POOL, steps * batch_size), seed)
+    clips = render_parallel(min(max(1, POOL // frames), steps * batch_size), seed, frames=frames)
     pool = torch.from_numpy(clips).to(device)
-    vae = tiny_vae()
+    vae = tiny_vae() if start is None else VideoCodec.from_pretrained(start / "vae").vae.train().requires_grad_(True)
     nn.Module.to(vae, device)  # diffusers' decorator hides the signature of its own `to`
 
     def reconstruction_batch(rows: Tensor) -> tuple[Tensor, ...]:
@@ -166,12 +190,12 @@ def train_vae(
 
     generator = torch.Generator().manual_seed(derive_seed(seed, "vae batches"))
     batches = (torch.randint(len(pool), (batch_size,), generator=generator).to(device) for _ in range(steps))
-    _fit("vae", Reconstruction(vae), map(reconstruction_batch, batches), steps, 1e-3, say)
+    _fit("vae", Reconstruction(vae), map(reconstruction_batch, batches), steps, RATE if start is None else RATE_OF_A_START, say)
     train_decoder(vae, pool, seed, decoder_steps, batch_size, say)
     vae.half().float().eval()  # it ships in float16: what is measured from here on is what ships
     mean, std = _latent_statistics(vae, pool[: min(len(pool), 1024)])
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    return vae, reconstruction_metrics(VideoCodec(vae), seed)
+    return vae, reconstruction_metrics(VideoCodec(vae), seed, frames, device)
 
 
 def train_decoder(
@@ -240,13 +264,21 @@ def _latent_statistics(vae: AutoencoderKLWan, frames_BTHWC: Tensor) -> tuple[Ten
     return by_channel.mean(1), by_channel.std(1)
 
 
-def reconstruction_metrics(codec: VideoCodec, seed: int) -> dict[str, object]:
-    clips = sample_clips(JUDGED, seed, split="test")
-    frames = torch.from_numpy(render_batch(clips))
-    again = torch.cat([codec.decode(codec.encode(part)).cpu() for part in frames.split(32)])
-    error = (again.double() - frames.double()).square().mean()
-    scores = [judge(video.numpy(), clip.caption).accuracy for video, clip in zip(again, clips, strict=True)]
-    return {"psnr_db": float(10 * torch.log10(255**2 / error)), "judged_accuracy": float(np.mean(scores))}
+def reconstruction_metrics(
+    codec: VideoCodec, seed: int, frames: int = FRAMES, device: torch.device | str = "cpu"
+) -> dict[str, object]:
+    """PSNR and judged accuracy of held-out clips that went through the codec; `device`: where they are judged."""
+    errors, scores = [], []
+    for begin in range(0, JUDGED, 32):
+        clips = sample_clips(min(32, JUDGED - begin), seed, split="test", start=begin)
+        part = torch.from_numpy(render_batch(clips, frames))
+        again = codec.decode(codec.encode(part)).to(device)
+        errors.append((again.double() - part.to(device).double()).square().mean((1, 2, 3, 4)))
+        scores.append(judge_clips(again, [clip.scene for clip in clips]).accuracy_B)
+    return {
+        "psnr_db": float(10 * torch.log10(255**2 / torch.cat(errors).mean())),
+        "judged_accuracy": float(torch.cat(scores).mean()),
+    }
 
 
 # ---- the text encoder ----------------------------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from turbotrain.codecs.text import TextEncoder
 from turbotrain.codecs.vae import VideoCodec
-from turbotrain.data.shapes import render_parallel, sample_clips
+from turbotrain.data.shapes import FRAMES, render_parallel, sample_clips
 from turbotrain.data.writing import Sample, write_shards
 from turbotrain.stages.artifacts import codec_parts, load_codec
 from turbotrain.stages.context import StageContext
 
-RENDERED = 4096  # clips held in memory at once
+RENDERED = 4096 * FRAMES  # frames held in memory at once
 
 
 def run(context: StageContext) -> dict[str, object]:
@@ -42,9 +42,10 @@ def run(context: StageContext) -> dict[str, object]:
 def _encoded_shapes(context: StageContext, codec: VideoCodec, text: TextEncoder) -> Iterator[Sample]:
     data = context.config.data
     seed = context.config.seed
-    for begin in range(0, data.count, RENDERED):
-        clips = sample_clips(min(RENDERED, data.count - begin), seed, start=begin, pairs=data.pairs)
-        frames = torch.from_numpy(render_parallel(len(clips), seed, start=begin, pairs=data.pairs))
+    rendered = max(1, RENDERED // data.frames)
+    for begin in range(0, data.count, rendered):
+        clips = sample_clips(min(rendered, data.count - begin), seed, start=begin, pairs=data.pairs)
+        frames = torch.from_numpy(render_parallel(len(clips), seed, start=begin, pairs=data.pairs, frames=data.frames))
         for at in range(0, len(clips), data.batch_size):
             rows = slice(at, at + data.batch_size)
             captions = [clip.caption for clip in clips[rows]]

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from turbotrain.data.latents import Batch
 from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching, sla_alignment
 from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import attention_config, sample_strips, write_model
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
 from turbotrain.stages.lora import trainable
@@ -28,6 +31,8 @@ class SlaTask:
         self.within = context.time_range
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = trainable(context, "teacher", attention_config(context.config))
+        if not section.linear_branch:
+            _hold_at_zero(self.network)
         self.teacher = context.teacher()
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         passes = {self.network.attention_config: 3.0}
@@ -58,6 +63,13 @@ class SlaTask:
 
     def extra_pieces(self) -> list[Piece]:
         return []
+
+
+def _hold_at_zero(network: WanTransformer) -> None:
+    """The linear branch contributes nothing and learns nothing; the optimiser still sees its projections, as zeros."""
+    for block in network.blocks:
+        for parameter in block.get_submodule("self_attn.attn_op.local_attn").parameters():
+            parameter.register_hook(torch.zeros_like)
 
 
 def run(context: StageContext) -> dict[str, object]:
