@@ -122,6 +122,14 @@ class VideoCodec:
             pass
         return out_BTHWC
 
+    @torch.no_grad()
+    def decode_here(self, latents_BCTHW: Tensor) -> Tensor:
+        """The same frames on the codec's own device, for who reads them there."""
+        out_BTHWC = torch.empty(self._frames_shape(latents_BCTHW), dtype=torch.uint8, device=self.device)
+        for _ in self.decode_stream(latents_BCTHW, out_BTHWC):
+            pass
+        return out_BTHWC
+
     def host_frames(self, latents_BCTHW: Tensor) -> Tensor:
         """Room on the CPU for the frames (B, T, H, W, 3) of such latents, which a GPU can write to while it computes."""
         pinned = self.device.type == "cuda"

@@ -34,7 +34,7 @@ class Estimate:
     high: float
 
     def to_list(self) -> list[float]:
-        return [round(number, 6) for number in (self.value, self.low, self.high)]
+        return [round(float(number), 6) for number in (self.value, self.low, self.high)]
 
 
 @dataclass(frozen=True)

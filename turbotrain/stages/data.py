@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from turbotrain.codecs.text import TextEncoder
 from turbotrain.codecs.vae import VideoCodec
@@ -23,6 +23,8 @@ RENDERED = 4096 * FRAMES  # frames held in memory at once
 def run(context: StageContext) -> dict[str, object]:
     data = context.config.data
     codec, text = load_codec(codec_parts(context), context.device, context.variant)
+    if context.config.launch.mixed_precision == "bf16" and context.device.type == "cuda":
+        nn.Module.half(codec.vae)  # as it ships, and as the latents are stored; diffusers' decorator hides the signature
     count = write_shards(
         context.checkpoint,
         _encoded_shapes(context, codec, text),

@@ -1,0 +1,94 @@
+"""One network on the same held-out prompts and seeds as every other: sampled in batches, judged where the frames lie.
+
+Legend: N clips (prompts times seeds, seeds of a prompt side by side), B clips of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turbotrain.data.shapes import Clip, Scene
+from turbotrain.evaluation.frechet import clip_features
+from turbotrain.evaluation.quality import Measured, clip_psnr, clip_ssim
+from turbotrain.evaluation.readings import Judgements, judge_clips
+from turbotrain.pipeline import TurboPipeline
+
+# Clips that are decoded and judged together: a gigabyte of float32 pixels and readings at 81 frames.
+JUDGED_TOGETHER = 32
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Held-out clips whose captions are sampled, each `seeds` times, as videos of `frames` frames."""
+
+    clips: Sequence[Clip]
+    seeds: int
+    frames: int
+
+    @property
+    def count(self) -> int:
+        return len(self.clips) * self.seeds
+
+    @cached_property
+    def scenes(self) -> list[Scene]:
+        return [clip.scene for clip in self.clips for _ in range(self.seeds)]
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return [clip.caption for clip in self.clips for _ in range(self.seeds)]
+
+
+@torch.inference_mode()
+def sample_trial(pipe: TurboPipeline, trial: Trial, sampler: dict[str, Any], batch_size: int) -> Tensor:
+    """Latents (N, C, T, H, W) float16 of every clip; clip i draws its noise from seed i, whatever the network.
+
+    sampler: `mode` (teacher | turbo), `steps` and what else `TurboPipeline.sample` takes.
+    """
+    shape = pipe.latent_shape(frames=trial.frames)
+    negative_1LD = pipe.encode_prompts([""])
+    latents = []
+    for begin in range(0, trial.count, batch_size):
+        rows = range(begin, min(begin + batch_size, trial.count))
+        context_BLD = pipe.encode_prompts(trial.captions[rows.start : rows.stop])
+        guided = sampler["mode"] == "teacher"
+        negative_BLD = negative_1LD.expand_as(context_BLD) if guided else None
+        latents.append(pipe.sample(context_BLD, rows, shape, negative_BLD=negative_BLD, **sampler).half())
+    return torch.cat(latents)
+
+
+def decoded(pipe: TurboPipeline, latents_NCTHW: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(clips, their frames (B, T, H, W, 3) uint8 on the pipeline's device) of all latents in order."""
+    for begin in range(0, len(latents_NCTHW), JUDGED_TOGETHER):
+        at = slice(begin, begin + JUDGED_TOGETHER)
+        yield at, pipe.codec.decode_here(latents_NCTHW[at])
+
+
+@torch.inference_mode()
+def measure_trial(
+    pipe: TurboPipeline, trial: Trial, latents_NCTHW: Tensor, reference_NCTHW: Tensor | None = None
+) -> Measured:
+    """Judge every clip; with latents of a reference (the teacher's, from the same noise) also PSNR and SSIM to its frames."""
+    judged, features, psnrs, ssims = [], [], [], []
+    for at, frames_BTHWC in decoded(pipe, latents_NCTHW):
+        judged.append(judge_clips(frames_BTHWC, trial.scenes[at]).cpu())
+        features.append(clip_features(frames_BTHWC).cpu())
+        if reference_NCTHW is not None:
+            teachers_BTHWC = pipe.codec.decode_here(reference_NCTHW[at])
+            psnrs.append(clip_psnr(frames_BTHWC, teachers_BTHWC).cpu())
+            ssims.append(clip_ssim(frames_BTHWC, teachers_BTHWC).cpu())
+    psnr, ssim = (torch.cat(parts).numpy() if parts else None for parts in (psnrs, ssims))
+    return Measured(Judgements.joined(judged), torch.cat(features).numpy(), psnr, ssim)
+
+
+@torch.inference_mode()
+def features_of(frames_NTHWC: np.ndarray, device: torch.device) -> np.ndarray:
+    """Features (N, 128) of clips that were rendered rather than sampled."""
+    parts = torch.from_numpy(frames_NTHWC).split(JUDGED_TOGETHER)
+    return torch.cat([clip_features(part.to(device)).cpu() for part in parts]).numpy()
