@@ -36,6 +36,8 @@ def test_gradients_reach_every_weight() -> None:
 
 
 def test_a_vae_of_wan_22_is_refused() -> None:
-    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], is_residual=True)
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], is_residual=True
+    )
     with pytest.raises(ValueError, match="is_residual"):
         posterior(vae, torch.zeros(1, 3, 5, 16, 16))

@@ -36,6 +36,7 @@ def reconstruct(vae: wan.AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
     """Pixels (B, 3, T, H, W), about [-1, 1] and not clamped, of latents that are not normalised. Raises as `posterior`."""
     config, decoder = _config(vae), vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents_BCTHW)))
+    block: Any
     for block in decoder.up_blocks:
         for resnet in block.resnets:
             x = resnet(x)

@@ -216,14 +216,16 @@ def render_parallel(
     chunk = 256
     if count <= chunk:
         return render_batch(sample_clips(count, seed, split, start, pairs), frames)
-    jobs = [(min(chunk, start + count - at), seed, split, at, pairs, frames) for at in range(start, start + count, chunk)]
+    jobs = [
+        (min(chunk, start + count - at), seed, split, at, pairs, frames) for at in range(start, start + count, chunk)
+    ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as workers:
         return np.concatenate(list(workers.map(_render_job, jobs)))
 
 
 def _render_job(job: tuple[int, int, str, int, float, int]) -> NDArray[np.uint8]:
-    *clips, frames = job
-    return render_batch(sample_clips(*clips), frames)
+    count, seed, split, start, pairs, frames = job
+    return render_batch(sample_clips(count, seed, split, start, pairs), frames)
 
 
 def start_range(spec: ObjectSpec) -> tuple[tuple[float, float], tuple[float, float]]:

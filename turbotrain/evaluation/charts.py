@@ -113,6 +113,60 @@ def steps_chart(
     return _svg(frame.width, frame.height, parts, f"{y_label} by number of sampling steps")
 
 
+def scatter_chart(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    x_ticks: Sequence[float],
+    reference: tuple[str, float] | None = None,
+) -> str:
+    """Scores against costs on a logarithmic axis, points of a series joined, with whiskers.
+
+    Args:
+        x_ticks: costs that are labelled; the axis reaches from the first to the last.
+        reference: name and score of a dashed line across.
+    """
+    ys = [y for one in series for y in one.ys if math.isfinite(y)] + ([reference[1]] if reference else [])
+    if not ys or len(x_ticks) < 2:
+        return ""
+    low = min([*ys, *(interval[0] for one in series for interval in one.intervals if interval is not None)])
+    ticks = _linear_ticks(max(0.0, low - 0.02), max(ys), 5)
+    exponents = [math.log10(tick) for tick in x_ticks]
+    margin = 0.06 * (exponents[-1] - exponents[0])
+    frame = _Frame(640, 340, 50, 168, 14, 44, (exponents[0] - margin, exponents[-1] + margin), (ticks[0], ticks[-1]))
+    parts = _y_grid(frame, ticks, _short)
+    for tick, exponent in zip(x_ticks, exponents):
+        parts.append(_text(frame.x(exponent), frame.height - frame.bottom + 18, _short(tick), "middle"))
+    parts.append(_text(frame.x(sum(exponents[:: len(exponents) - 1]) / 2), frame.height - 8, x_label, "middle", "axis"))
+    parts.append(_text(12, frame.height / 2 - 14, y_label, "middle", "axis", rotate=True))
+    labels: list[tuple[float, str, str]] = []
+    if reference is not None:
+        parts.append(_horizontal(frame, frame.y(reference[1]), "reference"))
+        labels.append((frame.y(reference[1]), reference[0], "muted"))
+    for one in series:
+        points = sorted((frame.x(math.log10(x)), frame.y(y), y) for x, y in zip(one.xs, one.ys) if math.isfinite(y))
+        for x, interval in zip(one.xs, one.intervals):
+            if interval is not None:
+                at, (bottom, top) = frame.x(math.log10(x)), (frame.y(end) for end in interval)
+                parts.append(
+                    f'<line class="whisker s-{one.css}" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
+                )
+        parts.append(_polyline([(x, y) for x, y, _ in points], one.css, one.dashed))
+        for x, y, value in points:
+            tip = f"<title>{_escape(one.name)}: {value:.3f}</title>"
+            parts.append(f'<circle class="dot s-{one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
+        if points:
+            labels.append((points[-1][1], one.name, f"s-{one.css}"))
+    for y, name, css in _spread_labels(labels, frame.top + 4, frame.height - frame.bottom):
+        parts.append(_text(frame.width - frame.right + 8, y + 4, name, "start", f"label {css}"))
+    return _svg(frame.width, frame.height, parts, f"{y_label} by {x_label}")
+
+
+def standalone(svg: str, css: str) -> str:
+    """A chart as a file of its own, for pages that show it as an image."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f"><style>{css}</style>", 1)
+
+
 def curve_chart(series: Sequence[Series], x_label: str = "step", y_label: str = "loss") -> str:
     """Loss curves: the raw values faintly, a centred moving average on top; logarithmic where they span over a decade."""
     kept = [_finite(one) for one in series]

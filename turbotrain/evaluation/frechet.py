@@ -10,6 +10,7 @@ Legend: B clips, T frames, H, W pixels, C channels, N samples, D features.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ _CELLS = 2  # features are averaged in each quarter of the picture
 def _weights(device: torch.device) -> tuple[Tensor, ...]:
     rng = np.random.default_rng(20240501)
     weights = []
-    for before, after in zip(_CHANNELS, _CHANNELS[1:]):
+    for before, after in itertools.pairwise(_CHANNELS):
         drawn = rng.standard_normal((after, before, 3, 3, 3)) * np.sqrt(2 / (before * 27))
         weights.append(torch.from_numpy(drawn.astype(np.float32)).to(device))
     return tuple(weights)

@@ -21,7 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbotrain.data.shapes import ATTRIBUTES, GRID, Scene, parse_caption
-from turbotrain.data.shapes_render import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SIZE, SIZES, SPEEDS, coverage_window, pace
+from turbotrain.data.shapes_render import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZE,
+    SIZES,
+    SPEEDS,
+    coverage_window,
+    pace,
+)
 
 CONTRAST = 48.0  # a pixel nearer than this to the background (in RGB) is background
 LEAST_AREA = 24.0  # pixels that an object must cover: a fifth of the smallest shape

@@ -10,6 +10,7 @@ Legend: P prompts, E seeds of each, N = P E clips (seeds of a prompt side by sid
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,9 @@ def summarise(measured: Measured, seeds: int, real_features: np.ndarray) -> dict
     judged = measured.judged
     clips = len(judged.ground_B)
     if seeds < 1 or clips % seeds or clips // seeds < 2:
-        raise ValueError(f"{clips} clips with {seeds} seeds a prompt: expected at least two prompts, each with all seeds")
+        raise ValueError(
+            f"{clips} clips with {seeds} seeds a prompt: expected at least two prompts, each with all seeds"
+        )
     named_NS = judged.named_BS.numpy()
     right_NSA = judged.right_BSA.numpy()
     found: dict[str, Estimate] = {}
@@ -120,9 +123,10 @@ def _cell_counts(cell_NS: np.ndarray, seeds: int) -> np.ndarray:
     return np.stack([(cell_PX == cell).sum(1) for cell in range(CELLS)], 1)
 
 
-def _jackknifed(counts_PC: np.ndarray, statistic: object, limits: tuple[float, float]) -> Estimate:
+def _jackknifed(
+    counts_PC: np.ndarray, statistic: Callable[[np.ndarray], float], limits: tuple[float, float]
+) -> Estimate:
     """Leave-one-prompt-out: estimate +- 1.96 standard errors, cut off where the statistic ends."""
-    assert callable(statistic)
     whole_C = counts_PC.sum(0)
     value = statistic(whole_C)
     left_out = np.asarray([statistic(whole_C - counts_C) for counts_C in counts_PC])
@@ -184,7 +188,5 @@ def clip_ssim(a_BTHWC: Tensor, b_BTHWC: Tensor) -> Tensor:
     covariance = blur(a * b) - mean_a * mean_b
     mean_a, mean_b = mean_a + _RANGE / 2, mean_b + _RANGE / 2
     c1, c2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
-    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
-        (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    )
+    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return score.mean((1, 2, 3)).view(clips, frames).mean(1)

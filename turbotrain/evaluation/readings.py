@@ -156,7 +156,9 @@ def _median(values_BNC: Tensor) -> Tensor:
 def _coverage_by_colour(pixels_BTHWC: Tensor, ground_BC: Tensor) -> tuple[Tensor, Tensor]:
     """Of each pixel the colour (B, T, H, W) that explains it best, and how much of it that colour covers; 0 on the ground."""
     excess_BTHWC = pixels_BTHWC - ground_BC[:, None, None, None]
-    direction_BKC = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=pixels_BTHWC.device) - ground_BC[:, None]
+    direction_BKC = (
+        torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=pixels_BTHWC.device) - ground_BC[:, None]
+    )
     best = torch.full(pixels_BTHWC.shape[:4], torch.inf, device=pixels_BTHWC.device)
     colour_BTHW = torch.zeros_like(best, dtype=torch.int8)
     share_BTHW = torch.zeros_like(best)

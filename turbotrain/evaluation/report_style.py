@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CSS = """
+_PALETTE = """
 :root {
   color-scheme: light dark;
   --paper: #ffffff; --card: #f7f8fa; --ink: #14181f; --ink-2: #5a6472; --ink-3: #8b94a1; --line: #e3e7ec;
@@ -20,7 +20,8 @@ CSS = """
     --turbo: #3ecf99; --critic: #ee7fae; --heat: 62, 207, 153; --warn: #f0a35e;
   }
 }
-* { box-sizing: border-box; }
+"""
+_TEXT = """* { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
   margin: 0; background: var(--paper); color: var(--ink); font-size: 16px; line-height: 1.6;
@@ -55,7 +56,8 @@ figure { margin: 22px 0 30px; } figure.medium { max-width: 660px; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 28px 32px; align-items: start; }
 .trio { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 20px 28px; }
 .pair > *, .trio > * { margin: 0; min-width: 0; }
-svg { display: block; width: 100%; height: auto; overflow: visible; font-family: inherit; }
+"""
+_FIGURES = """svg { display: block; width: 100%; height: auto; overflow: visible; font-family: inherit; }
 svg text { fill: var(--ink-2); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg text.axis { fill: var(--ink-3); }
 svg text.label { font-size: 12.5px; font-weight: 560; stroke: none; }
@@ -78,7 +80,8 @@ svg circle.hollow { fill: none; stroke: var(--c); stroke-width: 1.2; opacity: .6
   .s-critic { --c: var(--critic); }
 svg .line, svg .whisker { stroke: var(--c); } svg .dot, svg .bar { fill: var(--c); }
   svg text[class*="s-"] { fill: var(--c); }
-.scroll { overflow-x: auto; margin: 16px 0 12px; }
+"""
+_TABLES = """.scroll { overflow-x: auto; margin: 16px 0 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 560; font-size: 12.5px; color: var(--ink-2);
   border-bottom: 1.5px solid var(--ink); padding: 6px 10px; vertical-align: bottom; line-height: 1.3;
@@ -128,3 +131,7 @@ dl.terms dt { font-weight: 580; } dl.terms dd { margin: 0; color: var(--ink-2); 
 @media print { main { max-width: none; padding: 0; } h2 { break-after: avoid; }
   figure, .film, tr { break-inside: avoid; } }
 """
+
+CSS = _PALETTE + _TEXT + _FIGURES + _TABLES
+# Of a figure that is a file of its own.
+FIGURE_CSS = _PALETTE + _FIGURES

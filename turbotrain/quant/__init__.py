@@ -3,6 +3,7 @@
 from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose
 from turbotrain.quant.export import QuantizationReport, apply_plan, latent_error, quantize_transformer
 from turbotrain.quant.observe import ForwardCall, InputStats, observe
+from turbotrain.quant.sensitivity import float_layers, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import SITES, Site, fold, model_sites
 
 __all__ = [
@@ -16,9 +17,12 @@ __all__ = [
     "Site",
     "apply_plan",
     "choose",
+    "float_layers",
     "fold",
     "latent_error",
+    "layer_sensitivity",
     "model_sites",
     "observe",
+    "predicted_error",
     "quantize_transformer",
 ]

@@ -104,12 +104,14 @@ def choose(
     scheme: str = "int8_channel",
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     min_sqnr_db: float = 0.0,
+    keep: Mapping[str, str] | None = None,
 ) -> Plan:
     """Choose, for each site, the alpha whose quantised outputs are nearest to the float ones; no smoothing is always
     a candidate.
 
-    The linears of a site share its vector: their noise ratios are added. A linear whose SQNR stays below
-    `min_sqnr_db` is kept in float; when that leaves none of a site, the site is not smoothed. The model is not changed.
+    The linears of a site share its vector: their noise ratios are added. A linear whose SQNR stays below `min_sqnr_db`,
+    or that `keep` names (with the reason), is kept in float; when that leaves none of a site, the site is not
+    smoothed. The model is not changed.
     Errors: ValueError for an unknown scheme, an alpha outside [0, 1], a model that is quantised already.
     """
     check_scheme("calibrate", scheme)
@@ -139,24 +141,30 @@ def choose(
             if sum(noise.values()) < sum(best_noise.values()):
                 best_alpha, best_vector, best_noise = alpha, vector, noise
 
-        too_noisy = {name for name, noise in best_noise.items() if sqnr_db(noise) < min_sqnr_db}
-        if len(too_noisy) == len(weights):
+        reasons = {
+            name: f"SQNR {sqnr_db(noise):.1f} dB is below min_sqnr_db={min_sqnr_db:g}"
+            for name, noise in best_noise.items()
+            if sqnr_db(noise) < min_sqnr_db
+        }
+        named = {name: (keep or {}).get(f"{block_name}.{name}") for name in weights}
+        reasons |= {name: reason for name, reason in named.items() if reason is not None}
+        if len(reasons) == len(weights):
             best_alpha, best_vector = None, None
         if best_vector is not None:
             plan.vectors[f"{block_name}.{site.linears[0]}"] = best_vector
             if site.fold == "values":
                 row_divisors |= {f"{block_name}.{name}": tile_heads(best_vector, x_RK.shape[1]) for name in site.target}
         for name in weights:
-            sqnr, kept = sqnr_db(best_noise[name]), name in too_noisy
+            sqnr, reason = sqnr_db(best_noise[name]), reasons.get(name)
             plan.layers.append(
                 LayerReport(
                     name=f"{block_name}.{name}",
-                    scheme="float" if kept else scheme,
+                    scheme=scheme if reason is None else "float",
                     alpha=best_alpha,
                     sqnr_db=sqnr,
                     unsmoothed_sqnr_db=sqnr_db(plain_noise[name]),
                     input_absmax=float(stat.absmax_K.max()),
-                    kept_float=f"SQNR {sqnr:.1f} dB is below min_sqnr_db={min_sqnr_db:g}" if kept else None,
+                    kept_float=reason,
                 )
             )
     return plan

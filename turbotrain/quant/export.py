@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,7 @@ def quantize_transformer(
     scheme: str = "int8_channel",
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     min_sqnr_db: float = 0.0,
+    keep: Mapping[str, str] | None = None,
     max_rows: int = 256,
     seed: int = 0,
 ) -> QuantizationReport:
@@ -104,12 +105,13 @@ def quantize_transformer(
     calls: run the model on calibration prompts, through the sampler's own steps: each takes the model. held_out:
     calls on other prompts that return the latent; run before and after, they give the end-to-end error. alphas:
     SmoothQuant exponents to try, () for none. min_sqnr_db: a linear whose output stays below it is kept in float.
+    keep: {linear: reason} of others that are kept in float (see `sensitivity`).
     max_rows: inputs sampled per linear.
     Errors: ValueError from calibration (see `observe`, `choose`). The model is unchanged if one is raised.
     Source: method.md section 7; SmoothQuant, arXiv 2211.10438.
     """
     references = [call(model) for call in held_out]
-    plan = choose(model, observe(model, calls, max_rows, seed), scheme, alphas, min_sqnr_db)
+    plan = choose(model, observe(model, calls, max_rows, seed), scheme, alphas, min_sqnr_db, keep)
     apply_plan(model, plan)
     errors = [latent_error(call(model), reference) for call, reference in zip(held_out, references)]
     return QuantizationReport(scheme, plan.layers, errors)

@@ -190,7 +190,14 @@ def train_vae(
 
     generator = torch.Generator().manual_seed(derive_seed(seed, "vae batches"))
     batches = (torch.randint(len(pool), (batch_size,), generator=generator).to(device) for _ in range(steps))
-    _fit("vae", Reconstruction(vae), map(reconstruction_batch, batches), steps, RATE if start is None else RATE_OF_A_START, say)
+    _fit(
+        "vae",
+        Reconstruction(vae),
+        map(reconstruction_batch, batches),
+        steps,
+        RATE if start is None else RATE_OF_A_START,
+        say,
+    )
     train_decoder(vae, pool, seed, decoder_steps, batch_size, say)
     vae.half().float().eval()  # it ships in float16: what is measured from here on is what ships
     mean, std = _latent_statistics(vae, pool[: min(len(pool), 1024)])

@@ -24,7 +24,9 @@ def run(context: StageContext) -> dict[str, object]:
     data = context.config.data
     codec, text = load_codec(codec_parts(context), context.device, context.variant)
     if context.config.launch.mixed_precision == "bf16" and context.device.type == "cuda":
-        nn.Module.half(codec.vae)  # as it ships, and as the latents are stored; diffusers' decorator hides the signature
+        nn.Module.half(
+            codec.vae
+        )  # as it ships, and as the latents are stored; diffusers' decorator hides the signature
     count = write_shards(
         context.checkpoint,
         _encoded_shapes(context, codec, text),

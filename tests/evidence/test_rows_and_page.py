@@ -1,0 +1,110 @@
+"""A cell measured from the shipped teacher, continued, and the page that comes of the results' JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbotrain.config import load_config, resolve
+from turbotrain.evidence import rows
+from turbotrain.evidence.claims import CLAIMS, Claim, judge_claim
+from turbotrain.evidence.collect import collect
+from turbotrain.evidence.folders import Folders
+from turbotrain.evidence.matrix import Row, load_matrix
+from turbotrain.evidence.page import write_page
+from turbotrain.evidence.rows import Bench, build, measure_cell
+from turbotrain.records import write_json
+
+METRICS = {"accuracy", "shape", "colour", "size", "direction", "speed", "background", "motion", "steady", "coverage",
+           "entropy", "spread", "frechet"}  # fmt: skip
+
+
+@pytest.fixture
+def bench(matrix_file: Path, tmp_path: Path) -> Bench:
+    matrix = load_matrix(matrix_file)
+    folders = Folders(tmp_path / "run", matrix)
+    folders.root.mkdir()
+    teacher = str(resolve("asset:shapes_teacher"))
+    write_json(folders.root / "given.json", {"teacher": teacher, "codec": teacher})
+    return Bench(folders, load_config([f"recipe={matrix.recipe}", *matrix.common]), torch.device("cpu"))
+
+
+def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path) -> None:
+    folders, matrix = bench.folders, bench.folders.matrix
+    said: list[str] = []
+    measure_cell(bench, matrix.cells[0], said.append)
+    assert len(said) == 1
+    measure_cell(bench, matrix.cells[0], said.append)  # all there
+    assert len(said) == 1
+    untuned = dataclasses.replace(
+        matrix.cell("copy"),
+        network="teacher",
+        rows=(
+            Row("sparse", 1, attention={"kind": "sla", "topk": 0.25, "block_q": 16, "block_k": 16}, layer_budget=0.25),
+            Row("int8", 1, quantize={"scheme": "int8_channel", "weights_only": True}),
+        ),
+    )
+    measure_cell(bench, untuned, said.append)
+    assert len(said) == 3
+    found = {path.stem: json.loads(path.read_text()) for path in (folders.root / "results").rglob("*.json")}
+    assert set(found["s2"]["metrics"]) == METRICS
+    assert set(found["sparse"]["metrics"]) == METRICS | {"psnr", "ssim"}
+    assert found["sparse"]["clips"] == 4
+    assert sum(found["sparse"]["facts"]["layer_topks"]) / 4 <= 0.25
+    document = collect(folders)
+    assert [row["row"] for row in document["rows"]] == ["s2"]
+    assert document["environment"]["torch"] == torch.__version__
+    write_json(tmp_path / "results.json", document)
+    page, *_ = sorted(write_page(tmp_path / "results.json", tmp_path / "docs" / "evidence.md"))
+    text = page.read_text()
+    value = found["s2"]["metrics"]["accuracy"][0]
+    assert f"| the teacher | 2 | {value:.3f} [" in text
+    assert "1 of the\n5 rows" in text
+
+
+def test_quantised_rows_say_what_it_cost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CALIBRATION", "HELD_OUT", "SENSITIVITY"):
+        monkeypatch.setattr(rows, name, 1)
+    row = Row("mixed", 4, quantize={"scheme": "int8_channel", "smooth": False, "target_error": 0.01})
+    network, facts = build(bench, dataclasses.replace(bench.folders.matrix.cells[0], rows=(row,)), row)
+    assert 0 < len(facts["kept_float"]) < len(facts["sensitivity"])
+    assert facts["latent_error"] < facts["predicted_error"], facts
+    assert set(facts["sqnr_db"]) == set(facts["sensitivity"])
+    kept = facts["kept_float"][0]
+    assert isinstance(network.get_submodule(kept), torch.nn.Linear)
+
+
+def test_claims_hold_fail_or_stay_open() -> None:
+    def pair(left: list[float], right: list[float]):
+        return {("a", "x"): {"metrics": {"accuracy": left}}, ("b", "x"): {"metrics": {"accuracy": right}}}
+
+    claim = Claim("a within 2 points of b", ("a", "x"), ("b", "x"), margin=0.02)
+    for left, word in (
+        (0.95, "holds"),
+        (0.925, "holds, not significantly"),
+        (0.915, "fails, not significantly"),
+        (0.8, "fails"),
+    ):
+        verdict = judge_claim(claim, pair([left, left - 0.01, left + 0.01], [0.94, 0.93, 0.95]))
+        assert verdict is not None
+        assert verdict.word == word
+        assert verdict.difference == pytest.approx(left - 0.92)
+        assert verdict.high - verdict.low == pytest.approx(2 * 0.01 * 2**0.5)
+    assert judge_claim(claim, pair([0.9, None, None], [0.9, 0.9, 0.9])) is None
+    assert judge_claim(claim, {}) is None
+
+
+def test_the_shipped_matrix_has_every_row_that_a_claim_compares() -> None:
+    matrix = load_matrix(Path(__file__).resolve().parents[2] / "configs" / "evidence" / "shapes_h200.yaml")
+    keys = {(cell.name, row.name) for cell, row in matrix.rows}
+    assert {key for claim in CLAIMS for key in (claim.left, claim.right)} <= keys
+
+
+def test_a_file_that_holds_no_results_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the results"):
+        write_page(tmp_path / "x.json", tmp_path / "page.md")

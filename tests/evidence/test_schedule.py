@@ -1,0 +1,86 @@
+"""The queue: order, dependencies, failures, time limits, and going on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from turbotrain.evidence.folders import Folders
+from turbotrain.evidence.matrix import load_matrix
+from turbotrain.evidence.schedule import Task, plan, run_tasks
+from turbotrain.records import write_json
+
+
+def _task(folder: Path, name: str, code: str, *needs: str) -> Task:
+    note = f"open({str(folder / 'order')!r}, 'a').write({name!r} + ' ');"
+    return Task(name, [sys.executable, "-c", note + code], list(needs), folder / "logs" / f"{name}.log")
+
+
+def test_tasks_run_in_order_after_what_they_need_and_failures_take_only_dependants_along(tmp_path: Path) -> None:
+    tasks = [
+        _task(tmp_path, "last", "", "first"),
+        _task(tmp_path, "first", ""),
+        _task(tmp_path, "broken", "print('why'); raise SystemExit(3)"),
+        _task(tmp_path, "orphan", "", "broken"),
+        _task(tmp_path, "free", ""),
+    ]
+    outcome = run_tasks(tasks, [""], 1, 0, lambda line: None)
+    # `first` makes room for what is more important than all others.
+    assert (tmp_path / "order").read_text().split() == ["first", "last", "broken", "free"]
+    assert outcome.done == ["last", "first", "free"]
+    assert list(outcome.failed) == ["broken"]
+    assert outcome.failed["broken"].read_text() == "why\n"
+    assert outcome.left == ["orphan"]
+
+
+def test_several_run_at_once_and_each_sees_its_gpu(tmp_path: Path) -> None:
+    meet = (
+        "import os, time, pathlib; me = os.environ['CUDA_VISIBLE_DEVICES'];"
+        f"folder = pathlib.Path({str(tmp_path)!r}); (folder / ('gpu' + me)).touch();"
+        "end = time.time() + 20\n"
+        "while len(list(folder.glob('gpu*'))) < 2: assert time.time() < end; time.sleep(0.01)"
+    )
+    outcome = run_tasks([_task(tmp_path, "a", meet), _task(tmp_path, "b", meet)], ["0", "1"], 1, 0, lambda line: None)
+    assert outcome.done == ["a", "b"]
+
+
+def test_time_ends_children_who_may_save_first(tmp_path: Path) -> None:
+    saving = (
+        "import signal, sys, time, pathlib\n"
+        f"def save(*_): pathlib.Path({str(tmp_path / 'saved')!r}).touch(); sys.exit(1)\n"
+        f"signal.signal(signal.SIGTERM, save); pathlib.Path({str(tmp_path / 'ready')!r}).touch(); time.sleep(60)"
+    )
+    began = time.monotonic()
+    tasks = [_task(tmp_path, "long", saving), _task(tmp_path, "later", "")]
+    outcome = run_tasks(tasks, [""], 1, 2 / 60, lambda line: None)
+    assert time.monotonic() - began < 20
+    assert outcome.left == ["long", "later"]
+    assert not outcome.failed
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_plan_holds_what_is_missing_and_nothing_else(matrix_file: Path, tmp_path: Path) -> None:
+    matrix = load_matrix(matrix_file)
+    folders = Folders(tmp_path / "run", matrix)
+    folders.root.mkdir()
+    write_json(folders.root / "given.json", {"teacher": "/t", "codec": "/c"})
+    tasks = {task.name: task for task in plan(folders, ["train"], ["measure"], ["seed=3"])}
+    assert list(tasks) == [
+        "base", "measure:teacher", "train:sla010", "measure:sla010", "train:turbo", "measure:turbo", "measure:copy"
+    ]  # fmt: skip
+    assert tasks["base"].command[-3:] == ["name=base", "stages=[data]", "model.codec=/c"]
+    assert tasks["train:turbo"].needs == ["base", "train:sla010"]
+    assert tasks["measure:copy"].needs == ["base", "train:turbo", "measure:teacher"]
+    command = tasks["train:turbo"].command
+    assert f"model.sla={folders.root}/cells/sla010/sla/checkpoint" in command
+    assert {"seed=3", "model.teacher=/t", "stages=[rcm]", f"data.path={folders.base}/data/checkpoint"} <= set(command)
+    for stage in (folders.base / "data", folders.root / "cells" / "sla010" / "sla"):
+        stage.mkdir(parents=True)
+        write_json(stage / "stage.json", {"status": "done"})
+    for cell in matrix.cells[:2]:
+        folders.result(cell, cell.rows[0]).parent.mkdir(parents=True)
+        folders.result(cell, cell.rows[0]).write_text("{}")
+    tasks = {task.name: task for task in plan(folders, ["train"], ["measure"], [])}
+    assert list(tasks) == ["train:turbo", "measure:turbo", "measure:copy"]
+    assert tasks["train:turbo"].needs == []

@@ -1,0 +1,115 @@
+"""Runs a matrix of trainings and measurements, and renders what came of it:
+
+    python tools/evidence.py run configs/evidence/shapes_h200.yaml              # goes on where it was stopped
+    python tools/evidence.py run MATRIX --gpus 0,1,2,3 --per-gpu 5 --minutes 9  # most important rows first
+    python tools/evidence.py render docs/measurements/h200_evidence.json        # docs/evidence.md and its figures, from JSON only
+
+Exit status: 0 everything is there, 1 something failed or is left for another call, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from command import DONE, FAILED, Parser, run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Evidence that accelerations keep quality.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    start = commands.add_parser("run", help="train and measure what is missing")
+    start.add_argument("matrix", type=Path)
+    start.add_argument("overrides", nargs="*", help="of every training, as train.py takes them")
+    start.add_argument("-o", "--output", type=Path, help="folder (default: outputs/evidence/NAME)")
+    start.add_argument("--teacher", type=Path, help="a finished teacher, instead of the recipe's stage")
+    start.add_argument("--codec", type=Path, help="a finished codec, instead of the recipe's stage")
+    start.add_argument("--gpus", default="", help="for example 0,1 (default: the machine as it is)")
+    start.add_argument("--per-gpu", type=int, default=1, help="runs at once on each (default 1)")
+    start.add_argument("--minutes", type=float, default=0, help="stop after so long (default: no limit)")
+    start.add_argument("--json", type=Path, help="also write all results to this one file")
+    one = commands.add_parser("measure", help="measure the missing rows of one cell (run does this)")
+    one.add_argument("matrix", type=Path)
+    one.add_argument("output", type=Path)
+    one.add_argument("cell")
+    show = commands.add_parser("render", help="write the page and its figures")
+    show.add_argument("results", type=Path)
+    show.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "evidence.md")
+    for command in (start, one, show):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(arguments)
+    if options.command == "run" and (options.per_gpu < 1 or options.minutes < 0):
+        parser.error(f"--per-gpu {options.per_gpu} --minutes {options.minutes:g}: at least 1, and not negative")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return run({"run": _run, "measure": _measure, "render": _render}[options.command], options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from turbotrain.evidence.collect import collect
+    from turbotrain.evidence.folders import Folders
+    from turbotrain.evidence.matrix import load_matrix
+    from turbotrain.evidence.schedule import plan, run_tasks
+    from turbotrain.records import write_json
+
+    matrix = load_matrix(options.matrix)
+    root = (options.output or Path("outputs/evidence") / matrix.name).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    folders = Folders(root, matrix)
+    given = {name: getattr(options, name) for name in ("teacher", "codec") if getattr(options, name) is not None}
+    if given:
+        write_json(root / "given.json", {name: str(path.absolute()) for name, path in given.items()})
+    write_json(root / "overrides.json", {"overrides": options.overrides})
+    train = [sys.executable, str(ROOT / "train.py")]
+    measure = [sys.executable, str(Path(__file__).resolve()), "measure", str(options.matrix.absolute()), str(root)]
+    tasks = plan(folders, train, measure, options.overrides)
+    total = len(matrix.rows)
+    print(f"{matrix.name}: {len(tasks)} tasks for {total} rows in {root}", flush=True)
+    outcome = run_tasks(
+        tasks, options.gpus.split(","), options.per_gpu, options.minutes, lambda line: print(line, flush=True)
+    )
+    results = collect(folders)
+    write_json(options.json or root / "evidence.json", results)
+    print(f"{len(results['rows'])} of {total} rows: {options.json or root / 'evidence.json'}")
+    for name, log in outcome.failed.items():
+        print(f"failed: {name}: see {log}", file=sys.stderr)
+    if outcome.left:
+        print(f"left: {len(outcome.left)} tasks; the same command goes on", file=sys.stderr)
+    return DONE if len(results["rows"]) == total else FAILED
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    from turbotrain.config import load_config
+    from turbotrain.evidence.folders import Folders, read_json
+    from turbotrain.evidence.matrix import load_matrix
+    from turbotrain.evidence.rows import Bench, measure_cell
+
+    matrix = load_matrix(options.matrix)
+    folders = Folders(options.output, matrix)
+    overrides = read_json(options.output / "overrides.json").get("overrides", [])
+    config = load_config([f"recipe={matrix.recipe}", *matrix.common, *overrides])
+    on_gpu = torch.cuda.is_available() and config.launch.device != "cpu"
+    bench = Bench(folders, config, torch.device("cuda" if on_gpu else "cpu"))
+    measure_cell(bench, matrix.cell(options.cell), lambda line: print(line, flush=True))
+    return DONE
+
+
+def _render(options: argparse.Namespace) -> int:
+    from turbotrain.evidence.page import write_page
+
+    for path in write_page(options.results, options.output):
+        print(f"written: {path}")
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

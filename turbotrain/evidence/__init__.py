@@ -1,0 +1,1 @@
+"""The evidence that each acceleration keeps quality: a matrix of runs declared as data, run, and rendered from JSON alone."""

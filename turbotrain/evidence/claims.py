@@ -1,0 +1,77 @@
+"""Published claims as comparisons of measured rows, and what the data say of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Key = tuple[str, str]  # (cell, row)
+Rows = Mapping[Key, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`metric` of `left` is at least `factor` times that of `right`, less `margin`."""
+
+    text: str
+    left: Key
+    right: Key
+    metric: str = "accuracy"
+    margin: float = 0.0
+    factor: float = 1.0
+
+
+TEACHER, STUDENT, TURBO = ("teacher", "s50"), ("rcm_staged", "s4"), ("turbo", "int8_4")
+CLAIMS = (
+    Claim("rCM covers at least as much as DMD, 4 steps", STUDENT, ("dmd", "s4"), "coverage"),
+    Claim("rCM covers at least as much as DMD, 1 step", ("rcm_staged", "s1"), ("dmd", "s1"), "coverage"),
+    Claim(
+        "seeds of a prompt differ under rCM at least as much as under DMD, 4 steps", STUDENT, ("dmd", "s4"), "spread"
+    ),
+    Claim("rCM is at least as accurate as sCM, 4 steps", STUDENT, ("scm", "s4")),
+    Claim("rCM is at least as accurate as sCM, 1 step", ("rcm_staged", "s1"), ("scm", "s1")),
+    Claim(
+        "sparse + linear is at least as accurate as sparse alone, both fine-tuned at top-k 0.1",
+        ("sla010", "s20"),
+        ("sparse_only", "s20"),
+    ),
+    Claim("rCM in 4 steps is within 2 points of the teacher", STUDENT, TEACHER, margin=0.02),
+    Claim("rCM in 1 step is within 10 points of the teacher", ("rcm_staged", "s1"), TEACHER, margin=0.10),
+    Claim("top-k 0.1 + W8A8 cost at most 2 points more, 4 steps", TURBO, STUDENT, margin=0.02),
+    Claim("full Turbo (SLA 0.1, 4 steps, int8) is within 3 points of the teacher", TURBO, TEACHER, margin=0.03),
+    Claim("full Turbo covers at least 0.9 of what the teacher covers", TURBO, TEACHER, "coverage", factor=0.9),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """difference: by how much the claim holds (negative: fails), with a 95% interval that takes the rows as independent, which is
+    wider than the paired one. word: holds | fails, or `holds, not significantly`, `fails, not significantly`."""
+
+    claim: Claim
+    left: float
+    right: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def word(self) -> str:
+        if self.low >= 0 or self.high < 0:
+            return "holds" if self.low >= 0 else "fails"
+        return f"{'holds' if self.difference >= 0 else 'fails'}, not significantly"
+
+
+def judge_claim(claim: Claim, rows: Rows) -> Verdict | None:
+    """None where a row is missing."""
+    found = [rows.get(key, {}).get("metrics", {}).get(claim.metric) for key in (claim.left, claim.right)]
+    if any(value is None or any(number is None for number in value) for value in found):
+        return None
+    (left, left_low, left_high), (right, right_low, right_high) = found  # type: ignore[misc]
+    difference = left - claim.factor * right + claim.margin
+    # The ends that matter: a claim is doubted from the left's lower end and the right's upper one.
+    below = math.hypot(left - left_low, claim.factor * (right_high - right))
+    above = math.hypot(left_high - left, claim.factor * (right - right_low))
+    return Verdict(claim, left, right, difference, difference - below, difference + above)

@@ -1,0 +1,44 @@
+"""All results of a matrix in one JSON document: what the page is rendered from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turbotrain.evidence.folders import Folders, read_json
+from turbotrain.records import read_record
+
+TIMES = ("seconds", "peak_memory_bytes")
+
+
+def collect(folders: Folders) -> dict[str, Any]:
+    """{"name", "recipe", "prompts", "seeds", "base": {stage: facts}, "training": {cell: facts}, "rows": [...]}; rows in the
+    order of the matrix, those that are missing left out."""
+    matrix = folders.matrix
+    rows = [read_json(path) for cell, row in matrix.rows if (path := folders.result(cell, row)).is_file()]
+    environments = [row.pop("environment") for row in rows]
+    base = {stage: _facts(folders.base / stage) for stage in matrix.base}
+    training = {
+        cell.name: _facts(folders.root / "cells" / cell.name / cell.stage) for cell in matrix.cells if cell.stage
+    }
+    return {
+        "name": matrix.name,
+        "recipe": matrix.recipe,
+        "prompts": matrix.prompts,
+        "seeds": matrix.seeds,
+        "real": matrix.real,
+        "planned_rows": len(matrix.rows),
+        "environment": environments[0] if environments else {},
+        "base": {name: facts for name, facts in base.items() if facts},
+        "training": {name: facts for name, facts in training.items() if facts},
+        "rows": rows,
+    }
+
+
+def _facts(folder: Any) -> dict[str, Any]:
+    """What a finished stage says of itself; {} where there is none."""
+    record = read_record(folder)
+    if not record or record.get("status") != "done":
+        return {}
+    shown = {name: record[name] for name in TIMES if name in record}
+    environment = record.get("environment") or {}
+    return {**shown, "results": record.get("results"), "commit": environment.get("commit")}

@@ -1,0 +1,134 @@
+"""The page's figures as SVG, from the results' JSON alone."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from turbotrain.evaluation.charts import Series, dot_grid, scatter_chart, standalone
+from turbotrain.evaluation.report_style import FIGURE_CSS
+from turbotrain.evidence.claims import Key, Rows
+
+STEPS = ("s1", "s2", "s4")
+LINES = (
+    ("teacher", ("s4", "s8", "s20", "s50"), "teacher, guided", "teacher"),
+    ("rcm_staged", STEPS, "rCM, staged", "rcm"),
+    ("scm", STEPS, "sCM", "sla-u"),
+    ("dmd", STEPS, "DMD", "critic"),
+    ("turbo", ("int8_1", "int8_2", "int8_4"), "Turbo (SLA 0.1, int8)", "turbo"),
+)
+TOPK = (
+    ("SLA, fine-tuned", "sla", ("sla005", "sla010", "sla015", "sla020", "sla030", "sla050", "sla100")),
+    ("sparse alone, fine-tuned", "critic", ("sparse_only",)),
+)
+STRIPS: tuple[tuple[Key, str], ...] = (
+    (("teacher", "s50"), "teacher, 100 evaluations"),
+    (("teacher", "s4"), "teacher, 8 evaluations"),
+    (("rcm_staged", "s4"), "rCM, 4"),
+    (("rcm_staged", "s1"), "rCM, 1"),
+    (("dmd", "s4"), "DMD, 4"),
+    (("scm", "s4"), "sCM, 4"),
+    (("turbo", "s4"), "SLA 0.1 + rCM, 4"),
+    (("turbo", "int8_4"), "Turbo with int8, 4"),
+    (("turbo", "int8_1"), "Turbo with int8, 1"),
+)
+
+
+CAPTIONS = {
+    "evidence_accuracy.svg": "Accuracy by passes through the network; whiskers: 95%, over prompts.",
+    "evidence_coverage.svg": "Coverage of start positions by passes through the network.",
+    "evidence_topk.svg": "Accuracy in 20 guided steps by the share of key blocks that is kept.",
+    "evidence_sqnr.svg": "Signal to quantisation noise of every linear of the Turbo student in int8; hollow: not smoothed.",
+    "evidence_mass.svg": "Softmax mass that the kept blocks hold, by top-k: a line a layer, the mean over its heads.",
+    "evidence_films.svg": "One prompt from the same noise, six of the frames.",
+}
+
+
+def figures(rows: Rows) -> dict[str, str]:
+    """{file name: SVG} of every figure for which there are rows."""
+    made = {
+        "evidence_accuracy.svg": _by_passes(rows, "accuracy"),
+        "evidence_coverage.svg": _by_passes(rows, "coverage"),
+        "evidence_topk.svg": _topk(rows),
+        "evidence_sqnr.svg": _sqnr(rows),
+        "evidence_mass.svg": _mass(rows),
+        "evidence_films.svg": _films(rows),
+    }
+    return {name: standalone(svg, FIGURE_CSS) for name, svg in made.items() if svg}
+
+
+def _points(rows: Rows, cell: str, names: Sequence[str], metric: str) -> list[tuple[float, list[float]]]:
+    found = [rows[cell, name] for name in names if (cell, name) in rows]
+    return [(float(row["evaluations"]), row["metrics"][metric]) for row in found if metric in row["metrics"]]
+
+
+def _by_passes(rows: Rows, metric: str) -> str:
+    series = []
+    for cell, names, label, css in LINES:
+        if points := _points(rows, cell, names, metric):
+            xs, values = zip(*points)
+            series.append(Series(label, css, xs, [v[0] for v in values], [(v[1], v[2]) for v in values]))
+    return scatter_chart(series, "network evaluations", metric, [1, 2, 4, 8, 16, 40, 100]) if len(series) > 1 else ""
+
+
+def _topk(rows: Rows) -> str:
+    series = []
+    for label, css, cells in TOPK:
+        found = [rows[cell, "s20"] for cell in cells if (cell, "s20") in rows]
+        series.append(_by_topk(label, css, found))
+    untuned = [row for (cell, _), row in rows.items() if cell == "untuned"]
+    series.append(_by_topk("SLA, not fine-tuned", "sla-u", untuned))
+    series = [one for one in series if one.xs]
+    teacher = rows.get(("teacher", "s20"))
+    reference = ("teacher, dense", teacher["metrics"]["accuracy"][0]) if teacher else None
+    return scatter_chart(series, "top-k", "accuracy", [0.05, 0.1, 0.2, 0.5, 1.0], reference) if series else ""
+
+
+def _by_topk(label: str, css: str, found: Sequence[Mapping[str, Any]]) -> Series:
+    values = [row["metrics"]["accuracy"] for row in found]
+    xs = [float(row["attention"]["topk"]) for row in found]
+    return Series(label, css, xs, [v[0] for v in values], [(v[1], v[2]) for v in values])
+
+
+def _sqnr(rows: Rows) -> str:
+    layers = rows.get(("turbo", "int8_4"), {}).get("facts", {}).get("sqnr_db")
+    if not layers:
+        return ""
+    blocks = sorted({name.split(".")[1] for name in layers}, key=int)
+    sites = list(dict.fromkeys(name.split(".", 2)[2] for name in layers))
+    smoothed, plain = {}, {}
+    for name, (after, before) in layers.items():
+        _, block, site = name.split(".", 2)
+        place = sites.index(site), blocks.index(block)
+        smoothed[place], plain[place] = after, before
+    return dot_grid([f"block {block}" for block in blocks], sites, smoothed, "dB", plain)
+
+
+def _mass(rows: Rows) -> str:
+    mass = rows.get(("teacher", "s20"), {}).get("facts", {}).get("attention_mass")
+    if not mass:
+        return ""
+    shades = ("teacher", "sla", "rcm", "turbo", "merge", "critic")
+    series = [
+        Series(
+            f"layer {index}", shades[index % len(shades)], mass["topk"], [sum(heads) / len(heads) for heads in layer]
+        )
+        for index, layer in enumerate(mass["layers"])
+    ]
+    return scatter_chart(series, "top-k", "attention mass kept", [0.05, 0.1, 0.2, 0.5, 1.0])
+
+
+def _films(rows: Rows) -> str:
+    shown = [(rows[key]["film"][0], label) for key, label in STRIPS if key in rows and rows[key].get("film")]
+    if not shown:
+        return ""
+    left, width, height = 190, 576, 96
+    parts = []
+    for index, (image, label) in enumerate(shown):
+        y = index * (height + 6)
+        parts.append(f'<text class="barlabel" x="0" y="{y + height / 2 + 4:g}">{html.escape(label)}</text>')
+        place = f'x="{left}" y="{y}" width="{width}" height="{height}"'
+        parts.append(f'<image {place} href="data:image/webp;base64,{image}"/>')
+    total = len(shown) * (height + 6)
+    return f'<svg viewBox="0 0 {left + width} {total}" role="img" aria-label="filmstrips">{"".join(parts)}</svg>'

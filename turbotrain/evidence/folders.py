@@ -1,0 +1,73 @@
+"""Where a matrix keeps what: one folder, every file whole or not at all, so that whatever was killed goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbotrain.evidence.matrix import TEACHER, Cell, Matrix, Row
+from turbotrain.records import status
+
+
+@dataclass(frozen=True)
+class Folders:
+    """base/: the shared stages. cells/NAME/: a cell's run. results/NAME/ROW.json: one measured row. reference/: the teacher's
+    latents and the rendered clips' features, which every row is compared with."""
+
+    root: Path
+    matrix: Matrix
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base"
+
+    @property
+    def reference_latents(self) -> Path:
+        return self.root / "reference" / "latents.safetensors"
+
+    @property
+    def real_features(self) -> Path:
+        return self.root / "reference" / "real.safetensors"
+
+    def given(self) -> dict[str, str]:
+        """Checkpoints that take the place of base stages: {"teacher": path, "codec": path}."""
+        return read_json(self.root / "given.json")
+
+    @property
+    def codec(self) -> Path:
+        own = self.base / "codec" / "checkpoint"
+        return own if "codec" in self.matrix.base and "codec" not in self.given() else Path(self.given()["codec"])
+
+    def checkpoint(self, cell: Cell) -> Path:
+        """The network of a cell; of `merge` none is kept."""
+        if cell.stage:
+            return self.root / "cells" / cell.name / cell.stage / "checkpoint"
+        if cell.network == TEACHER:
+            given = self.given().get(TEACHER)
+            return Path(given) if given else self.base / TEACHER / "checkpoint"
+        return self.checkpoint(self.matrix.cell(cell.network))
+
+    def checkpoints(self) -> dict[str, Path]:
+        return {cell.name: self.checkpoint(cell) for cell in self.matrix.cells if cell.network != "merge"}
+
+    def trained(self, cell: Cell) -> bool:
+        return not cell.stage or status(self.root / "cells" / cell.name / cell.stage) == "done"
+
+    def result(self, cell: Cell, row: Row) -> Path:
+        return self.root / "results" / cell.name / f"{row.name}.json"
+
+    def missing(self, cell: Cell) -> list[Row]:
+        """Rows that are still to be measured."""
+        return [row for row in cell.rows if not self.result(cell, row).is_file()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's contents; {} where there is none. Raises ValueError where it is damaged."""
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object")
+    return value

@@ -1,0 +1,87 @@
+"""Which linears can bear 8 bits: the error that each causes alone, and the fewest to keep in float for an error that is wanted.
+
+Noise of different layers is nearly independent, so squares of their errors add up: measured one by one, they predict a mixture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from turbotrain.model.quant_linear import QuantLinear
+from turbotrain.quant.export import latent_error
+from turbotrain.quant.observe import ForwardCall
+from turbotrain.quant.sites import block_linears, model_sites
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Every linear that calibration looks at, in the order of the model's sites."""
+    return [f"{block_name}.{name}" for block_name, _, site in model_sites(model) for name in site.linears]
+
+
+@torch.no_grad()
+def layer_sensitivity(model: nn.Module, calls: Sequence[ForwardCall], scheme: str = "int8_channel") -> dict[str, float]:
+    """{linear: mean relative error of the latents when it alone is quantised, without smoothing}.
+
+    calls: as `quantize_transformer` takes them; each returns the latent of the model that it is given. The model is as before
+    when this returns.
+
+    Raises:
+        ValueError: no calls, or a model that is quantised already.
+    """
+    if not calls:
+        raise ValueError("calls is empty: sensitivity is measured on the latents of at least one call")
+    for _, block, _ in model_sites(model):
+        block_linears(block)  # refuses what is quantised already
+    references = [call(model) for call in calls]
+    errors: dict[str, float] = {}
+    for name in linear_names(model):
+        with _quantised(model, name, scheme):
+            found = [latent_error(call(model), reference) for call, reference in zip(calls, references)]
+        errors[name] = sum(found) / len(found)
+    return errors
+
+
+@contextmanager
+def _quantised(model: nn.Module, name: str, scheme: str) -> Iterator[None]:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    model.set_submodule(name, QuantLinear.from_linear(linear, scheme))
+    try:
+        yield
+    finally:
+        model.set_submodule(name, linear)
+
+
+def predicted_error(errors: Mapping[str, float]) -> float:
+    """Of all these linears quantised together: the root of the sum of squares."""
+    return math.sqrt(sum(error * error for error in errors.values()))
+
+
+def float_layers(errors: Mapping[str, float], target: float, costs: Mapping[str, float] | None = None) -> list[str]:
+    """The linears to keep in float so that the predicted error of the others is at most `target`, worst first.
+
+    costs: what keeping each costs (its multiplications, say); None: all alike. Those that save most squared error for their
+    cost go first. A target of 0 keeps all that err.
+
+    Raises:
+        ValueError: a negative target, or a linear without a positive cost.
+    """
+    if not target >= 0:
+        raise ValueError(f"target={target}: the relative error that is allowed must not be negative")
+    weights = {name: 1.0 if costs is None else costs.get(name, 0.0) for name in errors}
+    free = [name for name, cost in weights.items() if not cost > 0]
+    if free:
+        raise ValueError(f"costs: {', '.join(free)} must have positive costs")
+    left = dict(errors)
+    kept: list[str] = []
+    for name in sorted(errors, key=lambda name: errors[name] ** 2 / weights[name], reverse=True):
+        if predicted_error(left) <= target:
+            break
+        kept.append(name)
+        del left[name]
+    return kept
