@@ -135,6 +135,21 @@ class Request:
         ]
 
 
+@dataclass(frozen=True)
+class ListedRequest(Request):
+    """A request whose videos are listed one by one: (prompt, seed, file)."""
+
+    listed: tuple[tuple[str, int, Path], ...] = ()
+
+    @property
+    def jobs(self) -> list[tuple[str, int]]:
+        return [(prompt, seed) for prompt, seed, _ in self.listed]
+
+    @property
+    def targets(self) -> list[Path]:
+        return [path for _, _, path in self.listed]
+
+
 def usage() -> str:
     """The text of `--help`: every key with its default and meaning."""
     lines = ["usage: python infer.py checkpoint=PATH prompt='...' [key=value ...]", ""]

@@ -9,7 +9,7 @@ import pytest
 MATRIX = """
 recipe: shapes_h200
 base: [data]
-common: [launch.device=cpu, launch.mixed_precision=no, data.frames=13]
+common: [launch.device=cpu, launch.mixed_precision=no, data.frames=5]
 prompts: 2
 seeds: 2
 real: 4

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,9 +85,3 @@ def measure_trial(
     psnr, ssim = (torch.cat(parts).numpy() if parts else None for parts in (psnrs, ssims))
     return Measured(Judgements.joined(judged), torch.cat(features).numpy(), psnr, ssim)
 
-
-@torch.inference_mode()
-def features_of(frames_NTHWC: np.ndarray, device: torch.device) -> np.ndarray:
-    """Features (N, 128) of clips that were rendered rather than sampled."""
-    parts = torch.from_numpy(frames_NTHWC).split(JUDGED_TOGETHER)
-    return torch.cat([clip_features(part.to(device)).cpu() for part in parts]).numpy()

@@ -73,7 +73,7 @@ def _page(
         f"{document['planned_rows']} rows of `configs/evidence/{document['name']}.yaml` are in.",
         "",
         f"The world and the recipe: [{document['recipe']}](../recipes/{document['recipe']}.md). It is small: what holds here",
-        "holds in kind, and says nothing about how Wan's own videos look; for those there is VBench's protocol (`tools/vbench.py`).",
+        "holds in kind, and says nothing about how Wan's own videos look; those take VBench's protocol (`tools/vbench.py`).",
         "",
         *_headline(rows, seconds),
         *_claims(rows),

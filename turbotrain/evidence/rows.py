@@ -19,14 +19,16 @@ from turbotrain.checkpoint import CheckpointMeta, load_transformer
 from turbotrain.checkpoint.merge import merge_keys, merge_tensor
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.config import Config
-from turbotrain.data.shapes import render_parallel, sample_clips
+from turbotrain.data.shapes import sample_clips
+from turbotrain.data.shapes_gpu import render_on
 from turbotrain.diffusion.samplers import draw_noise, sample_turbo, seeded_generators
 from turbotrain.diffusion.velocity import bind
 from turbotrain.evaluation.attention_mass import Masses, attention_mass, set_layer_topks, share_out
 from turbotrain.evaluation.benchmark import environment
 from turbotrain.evaluation.evaluate import finite
+from turbotrain.evaluation.frechet import clip_features
 from turbotrain.evaluation.quality import summarise
-from turbotrain.evaluation.trial import Trial, features_of, measure_trial, sample_trial
+from turbotrain.evaluation.trial import JUDGED_TOGETHER, Trial, measure_trial, sample_trial
 from turbotrain.evidence.films import filmstrips
 from turbotrain.evidence.folders import Folders
 from turbotrain.evidence.matrix import TEACHER, Cell, Row
@@ -238,8 +240,10 @@ def _real_features(bench: Bench) -> Tensor:
     path, matrix = bench.folders.real_features, bench.folders.matrix
     if not path.is_file():
         data, seed = bench.config.data, bench.config.seed
-        frames = render_parallel(matrix.real, seed, "test", matrix.prompts, data.pairs, data.frames)
-        _save(path, {"features": torch.from_numpy(features_of(frames, bench.device))})
+        clips = sample_clips(matrix.real, seed, "test", matrix.prompts, data.pairs)
+        parts = [clips[at : at + JUDGED_TOGETHER] for at in range(0, len(clips), JUDGED_TOGETHER)]
+        features = [clip_features(render_on(bench.device, part, data.frames)).cpu() for part in parts]
+        _save(path, {"features": torch.cat(features)})
     return load_file(path)["features"]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from turbotrain.codecs.text import TextEncoder
 from turbotrain.codecs.vae import VideoCodec
 from turbotrain.data.shapes import FRAMES, render_parallel, sample_clips
+from turbotrain.data.shapes_gpu import render_on
 from turbotrain.data.writing import Sample, write_shards
 from turbotrain.stages.artifacts import codec_parts, load_codec
 from turbotrain.stages.context import StageContext
@@ -49,11 +50,15 @@ def _encoded_shapes(context: StageContext, codec: VideoCodec, text: TextEncoder)
     rendered = max(1, RENDERED // data.frames)
     for begin in range(0, data.count, rendered):
         clips = sample_clips(min(rendered, data.count - begin), seed, start=begin, pairs=data.pairs)
-        frames = torch.from_numpy(render_parallel(len(clips), seed, start=begin, pairs=data.pairs, frames=data.frames))
+        on_host = None
+        if context.device.type != "cuda":
+            drawn = render_parallel(len(clips), seed, start=begin, pairs=data.pairs, frames=data.frames)
+            on_host = torch.from_numpy(drawn)
         for at in range(0, len(clips), data.batch_size):
             rows = slice(at, at + data.batch_size)
             captions = [clip.caption for clip in clips[rows]]
-            latents = codec.encode(frames[rows]).cpu()
+            frames = render_on(context.device, clips[rows], data.frames) if on_host is None else on_host[rows]
+            latents = codec.encode(frames).cpu()
             for caption, latent, embed in zip(captions, latents, _embed(text, captions), strict=True):
                 yield Sample(latent, embed, caption)
         context.say(f"{begin + len(clips)}/{data.count} clips encoded")
