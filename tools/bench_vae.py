@@ -17,14 +17,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from turbotrain.codecs import VideoCodec
-from turbotrain.codecs.vae import posterior, reconstruct
 from turbotrain.codecs.wan_forward import decode_chunks, encode_chunks
 from turbotrain.evaluation.benchmark import environment
 from turbotrain.evaluation.random_weights import WAN_22_VAE
@@ -32,6 +32,16 @@ from turbotrain.evaluation.video import VideoSink
 
 CONFIGS: dict[str, dict[str, Any]] = {"2.1": {}, "2.2": WAN_22_VAE}  # 2.1 is diffusers' default
 BUDGET = 2.0  # times the error of diffusers' own
+
+
+def posterior(vae: AutoencoderKLWan, pixels_BCTHW: Tensor) -> DiagonalGaussianDistribution:
+    """diffusers' own encoding of pixels in [-1, 1]."""
+    return vae.encode(pixels_BCTHW, return_dict=False)[0]
+
+
+def reconstruct(vae: AutoencoderKLWan, latents_BCTHW: Tensor) -> Tensor:
+    """diffusers' own decoding to pixels (B, 3, T, H, W) in [-1, 1]."""
+    return cast(tuple[Tensor], vae.decode(latents_BCTHW, return_dict=False))[0]  # the annotation forgets this tuple
 
 
 def build(version: str, device: torch.device) -> AutoencoderKLWan:

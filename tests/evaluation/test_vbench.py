@@ -67,7 +67,7 @@ def test_other_lists_are_refused(tmp_path: Path, name: str, text: str | None, wo
 
 
 def test_an_unknown_dimension_is_refused(entries: Path) -> None:
-    with pytest.raises(ValueError, match="colour.*knows color, dynamic_degree"):
+    with pytest.raises(ValueError, match=r"colour.*knows color, dynamic_degree"):
         read_prompts(entries, ["colour"])
 
 
@@ -88,8 +88,9 @@ def test_videos_are_sampled_by_the_protocol_and_a_second_call_goes_on(
 ) -> None:
     folder = tmp_path / "videos"
     teacher = str(resolve("asset:shapes_teacher"))
-    call = ["--prompts", str(entries), "--output", str(folder), "--samples", "2", "--flickering-samples", "1",
-            f"checkpoint={teacher}", "sampling=teacher", "steps=1", "frames=5", "batch_size=2", "device=cpu", "seed=7"]  # fmt: skip
+    listed = ["--prompts", str(entries), "--output", str(folder), "--samples", "2", "--flickering-samples", "1"]
+    sampled = ["sampling=teacher", "steps=1", "frames=5", "batch_size=2", "device=cpu", "seed=7"]
+    call = [*listed, f"checkpoint={teacher}", *sampled]
     assert tool.main(call) == 0
     names = [f"{RED}-0.mp4", f"{BLUE}-0.mp4", f"{BLUE}-1.mp4"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(names)

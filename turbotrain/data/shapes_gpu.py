@@ -18,7 +18,9 @@ from turbotrain.data.shapes_render import BACKGROUNDS, COLOURS, SHAPES, SIZE, SI
 @torch.no_grad()
 def render_on(device: torch.device | str, clips: Sequence[Clip], frames: int = FRAMES) -> Tensor:
     """Frames uint8 (B, T, H, W, C) on `device`; a grey level may differ by one where numpy's sum rounds the other way."""
-    grounds_BC = torch.tensor([BACKGROUNDS[clip.scene.background] for clip in clips], dtype=torch.float32, device=device)
+    grounds_BC = torch.tensor(
+        [BACKGROUNDS[clip.scene.background] for clip in clips], dtype=torch.float32, device=device
+    )
     canvas = grounds_BC[:, None, None, None].repeat(1, frames, SIZE, SIZE, 1)
     for slot in range(max(len(clip.starts) for clip in clips)):
         for shape in SHAPES:

@@ -84,4 +84,3 @@ def measure_trial(
             ssims.append(clip_ssim(frames_BTHWC, teachers_BTHWC).cpu())
     psnr, ssim = (torch.cat(parts).numpy() if parts else None for parts in (psnrs, ssims))
     return Measured(Judgements.joined(judged), torch.cat(features).numpy(), psnr, ssim)
-

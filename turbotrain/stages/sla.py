@@ -69,7 +69,8 @@ def _hold_at_zero(network: WanTransformer) -> None:
     """The linear branch contributes nothing and learns nothing; the optimiser still sees its projections, as zeros."""
     for block in network.blocks:
         for parameter in block.get_submodule("self_attn.attn_op.local_attn").parameters():
-            parameter.register_hook(torch.zeros_like)
+            if parameter.requires_grad:
+                parameter.register_hook(torch.zeros_like)
 
 
 def run(context: StageContext) -> dict[str, object]:

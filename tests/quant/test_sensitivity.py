@@ -1,0 +1,65 @@
+"""Errors of single layers, and the fewest layers to keep in float."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from quant_networks import SLA, forward_calls, network, plant_outliers
+
+from turbotrain.quant import float_layers, layer_sensitivity, predicted_error, quantize_transformer
+from turbotrain.quant.sensitivity import linear_names
+
+
+def test_each_layer_is_quantised_alone_and_the_model_stays() -> None:
+    model = plant_outliers(network(SLA))
+    before = copy.deepcopy(model.state_dict())
+    calls = forward_calls(2)
+    errors = layer_sensitivity(model, calls)
+    assert list(errors) == linear_names(model)
+    assert len(errors) == 2 * 10
+    assert all(error > 0 for error in errors.values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # One loud channel takes the others' resolution: its readers err most.
+    assert errors["blocks.0.ffn.2"] > errors["blocks.0.cross_attn.k"]
+    # Quantised together they err about as much as squares add up to.
+    whole = quantize_transformer(model, calls, calls, alphas=())
+    assert whole.mean_latent_error == pytest.approx(predicted_error(errors), rel=0.6)
+    with pytest.raises(ValueError, match="quantised already"):
+        layer_sensitivity(model, calls)
+    with pytest.raises(ValueError, match="calls is empty"):
+        layer_sensitivity(network(SLA), [])
+
+
+def test_the_worst_layers_stay_in_float_until_the_rest_is_good_enough() -> None:
+    errors = {"a": 0.03, "b": 0.04, "c": 0.12, "d": 0.0}
+    assert predicted_error(errors) == pytest.approx(0.13)
+    assert float_layers(errors, 0.13) == []
+    assert float_layers(errors, 0.05) == ["c"]
+    assert float_layers(errors, 0.03) == ["c", "b"]
+    assert float_layers(errors, 0.0) == ["c", "b", "a"]
+    # Twenty times as costly, c saves less for its price than the others.
+    assert float_layers(errors, 0.125, {"a": 1, "b": 1, "c": 20, "d": 1}) == ["b"]
+    with pytest.raises(ValueError, match="target=-1"):
+        float_layers(errors, -1)
+    with pytest.raises(ValueError, match="costs: d"):
+        float_layers(errors, 0.1, {"a": 1, "b": 1, "c": 1})
+
+
+def test_layers_that_are_kept_say_why_and_lower_the_error() -> None:
+    model = plant_outliers(network(SLA))
+    calls = forward_calls(2)
+    errors = layer_sensitivity(model, calls)
+    target = 0.5 * predicted_error(errors)
+    keep = dict.fromkeys(float_layers(errors, target), f"needed for {target:.3f}")
+    whole, mixed = (copy.deepcopy(model) for _ in range(2))
+    plain = quantize_transformer(whole, calls, calls, alphas=())
+    report = quantize_transformer(mixed, calls, calls, alphas=(), keep=keep)
+    assert report.metadata()["kept_float"] == keep
+    assert report.mean_latent_error is not None
+    assert plain.mean_latent_error is not None
+    assert report.mean_latent_error < plain.mean_latent_error
+    assert math.isfinite(report.mean_latent_error)
+    assert all(isinstance(mixed.get_submodule(name), torch.nn.Linear) for name in keep)

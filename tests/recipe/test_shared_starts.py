@@ -1,0 +1,34 @@
+"""Runs that begin from other runs' results, and sparse attention without its linear branch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_world import World, arguments, train_here, weights
+
+from turbotrain.checkpoint import load_transformer, read_meta
+
+
+def test_a_run_starts_from_another_ones_sla(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["sla.steps=2", "rcm.phases=[{cm: scm, dmd: false, steps: 1}]"]
+    assert train_here(*arguments(world, tmp_path, *short, "stages=[sla]")) == 0
+    start = tmp_path / "run" / "sla" / "checkpoint"
+    shared = arguments(world, tmp_path, *short, "name=other", "stages=[rcm]", f"model.sla={start}")
+    assert train_here(*shared) == 0
+    rcm = tmp_path / "other" / "rcm" / "checkpoint"
+    assert [entry["stage"] for entry in read_meta(rcm).lineage] == ["sla", "rcm"]
+    assert load_transformer(rcm).attention_config.kind == "sla"
+    capsys.readouterr()
+    assert train_here(*shared[:-1], f"model.sla={tmp_path / 'absent'}") == 2
+    assert "model.sla" in capsys.readouterr().err
+
+
+def test_without_its_linear_branch_sla_trains_sparse_attention_alone(world: World, tmp_path: Path) -> None:
+    assert train_here(*arguments(world, tmp_path, "stages=[sla]", "sla.steps=3", "sla.linear_branch=false")) == 0
+    trained, before = weights(tmp_path / "run" / "sla"), load_transformer(world.teacher).state_dict()
+    projections = [name for name in trained if ".proj_l." in name]
+    assert len(projections) == 8
+    assert all(trained[name].count_nonzero() == 0 for name in projections)
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
