@@ -126,7 +126,8 @@ def shards(config: Config, accelerator: Accelerator) -> Iterator[Path]:
             context = RandomContext("sla", config, path, {}, accelerator)
             text = context.variant.config.text_len, context.variant.config.text_dim
             samples = random_samples(context.variant, context.latent_shape, SAMPLES)
-            write_shards(path, samples, torch.randn(text), SAMPLES, {"kind": "random"})
+            negative_LD = torch.randn(text, generator=torch.Generator().manual_seed(1))
+            write_shards(path, samples, negative_LD, SAMPLES, {"kind": "random"})
         accelerator.wait_for_everyone()
         yield path
     finally:
@@ -246,7 +247,8 @@ def _rows(
         if accelerator.is_main_process:
             options.profile.mkdir(parents=True, exist_ok=True)
             (options.profile / f"{'_'.join(case.replace('=', '-').split())}.txt").write_text(table)
-    settings = {"optim": getattr(config, "sla" if kind == "sla" else "rcm").optim.kind, **vars(config.launch)}
+    section = getattr(config, "sla" if kind == "sla" else "rcm")
+    settings = {**vars(config.launch), "engine": engine, "optim": section.optim.kind, "batch_size": section.batch_size}
     return [_row(case, name, lines[name], settings, (state, peak, reserved)) for name in kinds]
 
 
@@ -327,7 +329,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     return table
 
 
-def about(config: Config, accelerator: Accelerator, engine: str) -> dict[str, Any]:
+def about(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     """What a reader needs to repeat the numbers."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
@@ -339,7 +341,6 @@ def about(config: Config, accelerator: Accelerator, engine: str) -> dict[str, An
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "commit": commit.stdout.strip() or os.environ.get("TURBOTRAIN_COMMIT"),
-        "engine": engine,
         "processes": accelerator.num_processes,
         "variant": config.model.variant,
         "latent_shape": list(context.latent_shape),
@@ -372,14 +373,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configs = [
             compose(case.split()[0], [*options.overrides, *case.split()[1:]], processes) for case in options.case
         ]
-        engine = choose_engine(configs[0].launch, os.environ)
+        engines = [choose_engine(config.launch, os.environ) for config in configs]
     except UsageError as error:
         console.print(f"usage: {error}", markup=False)
         return 2
     accelerator = make_accelerator(configs[0])
-    report, rows = about(configs[0], accelerator, engine), []
+    report, rows = about(configs[0], accelerator), []
     with shards(configs[0], accelerator) as folder:
-        for case, config in zip(options.case, configs):
+        for case, config, engine in zip(options.case, configs, engines):
             rows += time_case(case, config, folder, accelerator, engine, options)
             if accelerator.is_main_process and options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
