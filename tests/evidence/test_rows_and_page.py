@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from turbotrain.config import load_config, resolve
 from turbotrain.evidence import rows
 from turbotrain.evidence.claims import CLAIMS, Claim, judge_claim
 from turbotrain.evidence.collect import collect
+from turbotrain.evidence.figures import CAPTIONS, figures
 from turbotrain.evidence.folders import Folders
 from turbotrain.evidence.matrix import Row, load_matrix
 from turbotrain.evidence.page import write_page
 from turbotrain.evidence.rows import Bench, build, measure_cell
+from turbotrain.quant import predicted_error
 from turbotrain.records import write_json
 
 METRICS = {"accuracy", "shape", "colour", "size", "direction", "speed", "background", "motion", "steady", "coverage",
@@ -67,15 +70,44 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
 
 
 def test_quantised_rows_say_what_it_cost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CALIBRATION", "HELD_OUT", "SENSITIVITY"):
+    for name in ("CALIBRATION", "HELD_OUT"):
         monkeypatch.setattr(rows, name, 1)
     row = Row("mixed", 4, quantize={"scheme": "int8_channel", "smooth": False, "target_error": 0.01})
     network, facts = build(bench, dataclasses.replace(bench.folders.matrix.cells[0], rows=(row,)), row)
     assert 0 < len(facts["kept_float"]) < len(facts["sensitivity"])
-    assert facts["latent_error"] < facts["predicted_error"], facts
+    assert facts["latent_error"] < predicted_error(facts["sensitivity"])
     assert set(facts["sqnr_db"]) == set(facts["sensitivity"])
     kept = facts["kept_float"][0]
     assert isinstance(network.get_submodule(kept), torch.nn.Linear)
+
+
+def test_every_figure_is_drawn_from_its_rows() -> None:
+    def row(evaluations: int, **facts: object) -> dict[str, object]:
+        metrics = {name: [0.9, 0.8, 0.95] for name in ("accuracy", "coverage")}
+        attention = {"kind": "sla", "topk": 0.1}
+        return {
+            "evaluations": evaluations,
+            "metrics": metrics,
+            "attention": attention,
+            "facts": facts,
+            "film": ["AAAA"],
+        }
+
+    layers = {f"blocks.{block}.{name}": [30.0 + block, 20.0] for block in (0, 1) for name in ("ffn.0", "self_attn.q")}
+    mass = {"topk": [0.1, 0.5, 1.0], "layers": [[[0.3, 0.8, 1.0], [0.5, 0.9, 1.0]]]}
+    drawn = figures(
+        {
+            ("teacher", "s50"): row(100),
+            ("teacher", "s20"): row(40, attention_mass=mass),
+            ("turbo", "int8_4"): row(4, sqnr_db=layers, input_absmax=dict.fromkeys(layers, 3.0)),
+            ("sla010", "s20"): row(40),
+        }
+    )
+    assert set(drawn) == set(CAPTIONS)
+    for name, svg in drawn.items():
+        assert ElementTree.fromstring(svg).tag.endswith("svg"), name
+    assert "block 1 ffn.0: 31.0 dB" in drawn["evidence_sqnr.svg"]
+    assert figures({}) == {}
 
 
 def test_claims_hold_fail_or_stay_open() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ CAPTIONS = {
     "evidence_coverage.svg": "Coverage of start positions by passes through the network.",
     "evidence_topk.svg": "Accuracy in 20 guided steps by the share of key blocks that is kept.",
     "evidence_sqnr.svg": "Signal to quantisation noise of every linear of the Turbo student in int8; hollow: not smoothed.",
+    "evidence_outliers.svg": "Largest input of every linear of the Turbo student: where outliers are.",
     "evidence_mass.svg": "Softmax mass that the kept blocks hold, by top-k: a line a layer, the mean over its heads.",
     "evidence_films.svg": "One prompt from the same noise, six of the frames.",
 }
@@ -52,6 +54,7 @@ def figures(rows: Rows) -> dict[str, str]:
         "evidence_coverage.svg": _by_passes(rows, "coverage"),
         "evidence_topk.svg": _topk(rows),
         "evidence_sqnr.svg": _sqnr(rows),
+        "evidence_outliers.svg": _outliers(rows),
         "evidence_mass.svg": _mass(rows),
         "evidence_films.svg": _films(rows),
     }
@@ -92,17 +95,28 @@ def _by_topk(label: str, css: str, found: Sequence[Mapping[str, Any]]) -> Series
 
 
 def _sqnr(rows: Rows) -> str:
-    layers = rows.get(("turbo", "int8_4"), {}).get("facts", {}).get("sqnr_db")
-    if not layers:
-        return ""
-    blocks = sorted({name.split(".")[1] for name in layers}, key=int)
-    sites = list(dict.fromkeys(name.split(".", 2)[2] for name in layers))
-    smoothed, plain = {}, {}
-    for name, (after, before) in layers.items():
-        _, block, site = name.split(".", 2)
-        place = sites.index(site), blocks.index(block)
-        smoothed[place], plain[place] = after, before
-    return dot_grid([f"block {block}" for block in blocks], sites, smoothed, "dB", plain)
+    layers = rows.get(("turbo", "int8_4"), {}).get("facts", {}).get("sqnr_db") or {}
+    smoothed = {name: values[0] for name, values in layers.items()}
+    return _by_layer(smoothed, "dB", {name: values[1] for name, values in layers.items()})
+
+
+def _outliers(rows: Rows) -> str:
+    largest = rows.get(("turbo", "int8_4"), {}).get("facts", {}).get("input_absmax") or {}
+    return _by_layer(
+        {name: math.log10(value) for name, value in largest.items() if value > 0}, "log10 of the largest input"
+    )
+
+
+def _by_layer(values: Mapping[str, float], unit: str, before: Mapping[str, float] | None = None) -> str:
+    """A row for every kind of linear, a dot for each block's."""
+    blocks = sorted({name.split(".")[1] for name in values}, key=int)
+    sites = list(dict.fromkeys(name.split(".", 2)[2] for name in values))
+
+    def placed(numbers: Mapping[str, float]) -> dict[tuple[int, int], float]:
+        split = {name: name.split(".", 2) for name in numbers}
+        return {(sites.index(parts[2]), blocks.index(parts[1])): numbers[name] for name, parts in split.items()}
+
+    return dot_grid([f"block {block}" for block in blocks], sites, placed(values), unit, placed(before or {}))
 
 
 def _mass(rows: Rows) -> str:

@@ -36,18 +36,12 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
-from turbotrain.quant import (
-    DEFAULT_ALPHAS,
-    float_layers,
-    layer_sensitivity,
-    predicted_error,
-    quantize_transformer,
-)
+from turbotrain.quant import DEFAULT_ALPHAS, quantize_transformer
 from turbotrain.quant.sites import block_linears
 from turbotrain.records import write_json
 
-# Prompts of the training split: to calibrate, to measure the error that is left, to find sensitive layers, to see attention.
-CALIBRATION, HELD_OUT, SENSITIVITY, MASS_CLIPS = 16, 8, 4, 2
+# Prompts of the training split: to calibrate, to measure the error that is left (and sensitive layers), to see attention.
+CALIBRATION, HELD_OUT, MASS_CLIPS = 16, 8, 2
 CALIBRATION_SEED = 10**6  # no clip of a trial draws this noise
 TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
@@ -189,22 +183,25 @@ def _quantize(bench: Bench, network: WanTransformer, row: Row) -> dict[str, Any]
         _round_weights(network, scheme)
         return {"scheme": scheme, "weights_only": True}
     calls = list(calibration_calls(bench, CALIBRATION + HELD_OUT))
-    keep, facts = {}, {}
-    if target := options.get("target_error"):
-        errors = layer_sensitivity(network, calls[:SENSITIVITY], scheme)
-        keep = dict.fromkeys(float_layers(errors, target), f"needed for a relative latent error of {target:g}")
-        facts = {"sensitivity": errors, "predicted_error": predicted_error(errors), "kept_float": list(keep)}
     report = quantize_transformer(
         network,
         calls[:CALIBRATION],
         calls[CALIBRATION:],
         scheme=scheme,
         alphas=DEFAULT_ALPHAS if options.get("smooth", True) else (),
-        keep=keep,
+        target_error=options.get("target_error", 0.0),
         seed=bench.config.seed,
     )
-    layers = {layer.name: [round(layer.sqnr_db, 2), round(layer.unsmoothed_sqnr_db, 2)] for layer in report.layers}
-    return {"scheme": scheme, "latent_error": report.mean_latent_error, "sqnr_db": layers, **facts}
+    return {
+        "scheme": scheme,
+        "latent_error": report.mean_latent_error,
+        "kept_float": [layer.name for layer in report.layers if layer.kept_float is not None],
+        "sensitivity": report.sensitivity,
+        "sqnr_db": {
+            layer.name: [round(layer.sqnr_db, 2), round(layer.unsmoothed_sqnr_db, 2)] for layer in report.layers
+        },
+        "input_absmax": {layer.name: round(layer.input_absmax, 3) for layer in report.layers},
+    }
 
 
 def _round_weights(network: WanTransformer, scheme: str) -> None:

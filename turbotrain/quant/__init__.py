@@ -1,9 +1,9 @@
 """Post-training quantisation of the transformer's linears to 8 bits (method.md section 7)."""
 
 from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose
-from turbotrain.quant.export import QuantizationReport, apply_plan, latent_error, quantize_transformer
+from turbotrain.quant.export import QuantizationReport, apply_plan, quantize_transformer
 from turbotrain.quant.observe import ForwardCall, InputStats, observe
-from turbotrain.quant.sensitivity import float_layers, layer_sensitivity, predicted_error
+from turbotrain.quant.sensitivity import float_layers, latent_error, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import SITES, Site, fold, model_sites
 
 __all__ = [

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from turbotrain.model.quant_linear import QuantLinear
 from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose, sqnr_db
 from turbotrain.quant.observe import ForwardCall, observe
+from turbotrain.quant.sensitivity import float_layers, latent_error, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import fold, model_sites
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """layers: every block linear. latent_errors: |quantised - float| / |float| of each held-out call's output."""
+    """layers: every block linear. latent_errors: |quantised - float| / |float| of each held-out call's output. sensitivity: the
+    error of each linear alone, where a target was to be met."""
 
     scheme: str
     layers: list[LayerReport]
     latent_errors: list[float]
+    sensitivity: dict[str, float] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, Any]:
         """The `quantization` entry of a checkpoint's metadata: {"scheme", "layers", "kept_float", "latent_error"}.
@@ -48,7 +51,7 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for report.json: {"scheme", "layers": [...], "latent_errors": [...], "latent_error",
-        "latent_sqnr_db"}.
+        "latent_sqnr_db", "sensitivity"}.
         """
         error = self.mean_latent_error
         return {
@@ -57,6 +60,7 @@ class QuantizationReport:
             "latent_errors": self.latent_errors,
             "latent_error": error,
             "latent_sqnr_db": None if error is None else sqnr_db(statistics.fmean(e * e for e in self.latent_errors)),
+            "sensitivity": self.sensitivity,
         }
 
 
@@ -81,12 +85,6 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def latent_error(value: Tensor, reference: Tensor) -> float:
-    """|value - reference| / |reference|, in float64."""
-    difference = (value.double() - reference.double()).norm()
-    return float(difference / reference.double().norm().clamp_min(torch.finfo(torch.float64).tiny))
-
-
 @torch.no_grad()
 def quantize_transformer(
     model: nn.Module,
@@ -96,7 +94,7 @@ def quantize_transformer(
     scheme: str = "int8_channel",
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     min_sqnr_db: float = 0.0,
-    keep: Mapping[str, str] | None = None,
+    target_error: float = 0.0,
     max_rows: int = 256,
     seed: int = 0,
 ) -> QuantizationReport:
@@ -105,13 +103,18 @@ def quantize_transformer(
     calls: run the model on calibration prompts, through the sampler's own steps: each takes the model. held_out:
     calls on other prompts that return the latent; run before and after, they give the end-to-end error. alphas:
     SmoothQuant exponents to try, () for none. min_sqnr_db: a linear whose output stays below it is kept in float.
-    keep: {linear: reason} of others that are kept in float (see `sensitivity`).
+    target_error: relative error of the latents that is wanted; as many linears stay in float as the errors of the others
+    foretell (see `sensitivity`); 0: none for this reason. It takes a pass of the held-out calls for every linear.
     max_rows: inputs sampled per linear.
-    Errors: ValueError from calibration (see `observe`, `choose`). The model is unchanged if one is raised.
+    Errors: ValueError from calibration (see `observe`, `choose`), a target without held-out calls. The model is unchanged if
+    one is raised.
     Source: method.md section 7; SmoothQuant, arXiv 2211.10438.
     """
     references = [call(model) for call in held_out]
+    errors = layer_sensitivity(model, held_out, scheme) if target_error else {}
+    reason = f"of those that cause most of a latent error of {predicted_error(errors):.4f}, wanted {target_error:g}"
+    keep = dict.fromkeys(float_layers(errors, target_error), reason)
     plan = choose(model, observe(model, calls, max_rows, seed), scheme, alphas, min_sqnr_db, keep)
     apply_plan(model, plan)
-    errors = [latent_error(call(model), reference) for call, reference in zip(held_out, references)]
-    return QuantizationReport(scheme, plan.layers, errors)
+    left = [latent_error(call(model), reference) for call, reference in zip(held_out, references)]
+    return QuantizationReport(scheme, plan.layers, left, errors)

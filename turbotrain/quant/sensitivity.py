@@ -10,12 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from turbotrain.model.quant_linear import QuantLinear
-from turbotrain.quant.export import latent_error
 from turbotrain.quant.observe import ForwardCall
 from turbotrain.quant.sites import block_linears, model_sites
+
+
+def latent_error(value: Tensor, reference: Tensor) -> float:
+    """|value - reference| / |reference|, in float64."""
+    difference = (value.double() - reference.double()).norm()
+    return float(difference / reference.double().norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def linear_names(model: nn.Module) -> list[str]:
