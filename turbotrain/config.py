@@ -203,6 +203,9 @@ class QuantizeSection:
     held_out_prompts: int = 8
     steps: int = 4
     min_sqnr_db: float = 0.0
+    target_error: float = (
+        0.0  # of the latents: the linears that cause most of it stay in float until the rest is foretold less
+    )
 
 
 @dataclass
@@ -585,6 +588,7 @@ def _check_quantize(quantize: QuantizeSection) -> None:
     _at_least("quantize.prompts", quantize.prompts, 1)
     _at_least("quantize.held_out_prompts", quantize.held_out_prompts, 1)
     _between("quantize.steps", quantize.steps, 1, 4)
+    _at_least("quantize.target_error", quantize.target_error, 0)
 
 
 def _check_evaluate(evaluate: EvaluateSection) -> None:

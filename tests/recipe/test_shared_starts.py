@@ -32,3 +32,22 @@ def test_without_its_linear_branch_sla_trains_sparse_attention_alone(world: Worl
     assert len(projections) == 8
     assert all(trained[name].count_nonzero() == 0 for name in projections)
     assert any(not torch.equal(trained[name], before[name]) for name in before)
+
+
+def test_a_target_of_quantisation_keeps_layers_in_float_and_the_checkpoint_says_so(
+    world: World, tmp_path: Path
+) -> None:
+    quick = ["sla.steps=1", "rcm.phases=[{cm: scm, dmd: false, steps: 1}]", "stages=[sla,rcm,quantize]"]
+    calibrated = ["quantize.prompts=1", "quantize.held_out_prompts=1", "quantize.steps=1", "quantize.smooth=false"]
+    assert train_here(*arguments(world, tmp_path, *quick, *calibrated, "quantize.target_error=2e-4")) == 0
+    checkpoint = tmp_path / "run" / "quantize" / "checkpoint"
+    recorded = read_meta(checkpoint).quantization
+    assert recorded is not None
+    assert recorded["kept_float"]
+    assert recorded["layers"]
+    assert all("wanted 0.0002" in reason for reason in recorded["kept_float"].values())
+    network = load_transformer(checkpoint)
+    kinds = {
+        name: type(network.get_submodule(name)).__name__ for name in (*recorded["kept_float"], *recorded["layers"])
+    }
+    assert set(kinds.values()) == {"Linear", "QuantLinear"}

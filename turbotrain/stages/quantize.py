@@ -63,6 +63,7 @@ def run(context: StageContext) -> dict[str, object]:
             scheme=section.scheme,
             alphas=tuple(section.alphas) if section.smooth else (),
             min_sqnr_db=section.min_sqnr_db,
+            target_error=section.target_error,
             seed=derive_seed(context.seed, "calibration", *([place] if expert else [])),
         )
     errors = [latent_error(call(networks), before) for call, before in zip(held_out, floating)]
