@@ -24,10 +24,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     start = commands.add_parser("run", help="train and measure what is missing")
     start.add_argument("matrix", type=Path)
-    start.add_argument("overrides", nargs="*", help="of every training, as train.py takes them")
+    start.add_argument("overrides", nargs="*", help="of every training, as train.py takes them (before the options)")
     start.add_argument("-o", "--output", type=Path, help="folder (default: outputs/evidence/NAME)")
-    start.add_argument("--teacher", type=Path, help="a finished teacher, instead of the recipe's stage")
-    start.add_argument("--codec", type=Path, help="a finished codec, instead of the recipe's stage")
+    start.add_argument("--only", nargs="+", default=[], metavar="CELL", help="these cells, and what they need")
+    start.add_argument("--teacher", help="a finished teacher (a path or asset:NAME) instead of the recipe's stage")
+    start.add_argument("--codec", help="a finished codec, likewise")
     start.add_argument("--gpus", default="", help="for example 0,1 (default: the machine as it is)")
     start.add_argument("--per-gpu", type=int, default=1, help="runs at once on each (default 1)")
     start.add_argument("--minutes", type=float, default=0, help="stop after so long (default: no limit)")
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from turbotrain.compose import UsageError
+    from turbotrain.config import resolve
     from turbotrain.evidence.collect import collect
     from turbotrain.evidence.folders import Folders
     from turbotrain.evidence.matrix import load_matrix
@@ -63,13 +66,16 @@ def _run(options: argparse.Namespace) -> int:
     root = (options.output or Path("outputs/evidence") / matrix.name).absolute()
     root.mkdir(parents=True, exist_ok=True)
     folders = Folders(root, matrix)
-    given = {name: getattr(options, name) for name in ("teacher", "codec") if getattr(options, name) is not None}
+    given = {name: resolve(path).absolute() for name in ("teacher", "codec") if (path := getattr(options, name))}
+    for name, path in given.items():
+        if not path.exists():
+            raise UsageError(f"--{name} {path}: no such file or folder")
     if given:
-        write_json(root / "given.json", {name: str(path.absolute()) for name, path in given.items()})
+        write_json(root / "given.json", {name: str(path) for name, path in given.items()})
     write_json(root / "overrides.json", {"overrides": options.overrides})
     train = [sys.executable, str(ROOT / "train.py")]
     measure = [sys.executable, str(Path(__file__).resolve()), "measure", str(options.matrix.absolute()), str(root)]
-    tasks = plan(folders, train, measure, options.overrides)
+    tasks = plan(folders, train, measure, options.overrides, options.only)
     total = len(matrix.rows)
     print(f"{matrix.name}: {len(tasks)} tasks for {total} rows in {root}", flush=True)
     outcome = run_tasks(

@@ -6,6 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from turbotrain.compose import UsageError
 from turbotrain.evidence.folders import Folders
 from turbotrain.evidence.matrix import load_matrix
 from turbotrain.evidence.schedule import Task, plan, run_tasks
@@ -84,3 +87,18 @@ def test_a_plan_holds_what_is_missing_and_nothing_else(matrix_file: Path, tmp_pa
     tasks = {task.name: task for task in plan(folders, ["train"], ["measure"], [])}
     assert list(tasks) == ["train:turbo", "measure:turbo", "measure:copy"]
     assert tasks["train:turbo"].needs == []
+
+
+def test_chosen_cells_bring_what_they_need_and_the_reference(matrix_file: Path, tmp_path: Path) -> None:
+    folders = Folders(tmp_path / "run", load_matrix(matrix_file))
+    folders.root.mkdir()
+    with pytest.raises(UsageError, match="--teacher: missing"):
+        plan(folders, [], [], [], ["copy"])
+    write_json(folders.root / "given.json", {"teacher": "/t", "codec": "/c"})
+    names = [task.name for task in plan(folders, [], [], [], ["copy"])]
+    assert names == [
+        "base", "measure:teacher", "train:sla010", "measure:sla010", "train:turbo", "measure:turbo", "measure:copy"
+    ]  # fmt: skip
+    assert [task.name for task in plan(folders, [], [], [], ["teacher"])] == ["base", "measure:teacher"]
+    with pytest.raises(UsageError, match="nobody"):
+        plan(folders, [], [], [], ["nobody"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turbotrain.compose import UsageError
 from turbotrain.evidence.matrix import TEACHER, Cell, Matrix, Row
 from turbotrain.records import status
 
@@ -37,16 +38,24 @@ class Folders:
 
     @property
     def codec(self) -> Path:
-        own = self.base / "codec" / "checkpoint"
-        return own if "codec" in self.matrix.base and "codec" not in self.given() else Path(self.given()["codec"])
+        return self._base_or_given("codec")
+
+    def _base_or_given(self, stage: str) -> Path:
+        """Raises UsageError where neither the base nor the command line brings it."""
+        if (given := self.given().get(stage)) is not None:
+            return Path(given)
+        if stage not in self.matrix.base:
+            raise UsageError(
+                f"--{stage}: missing; {self.matrix.name} does not train one (base: {', '.join(self.matrix.base)})"
+            )
+        return self.base / stage / "checkpoint"
 
     def checkpoint(self, cell: Cell) -> Path:
         """The network of a cell; of `merge` none is kept."""
         if cell.stage:
             return self.root / "cells" / cell.name / cell.stage / "checkpoint"
         if cell.network == TEACHER:
-            given = self.given().get(TEACHER)
-            return Path(given) if given else self.base / TEACHER / "checkpoint"
+            return self._base_or_given(TEACHER)
         return self.checkpoint(self.matrix.cell(cell.network))
 
     def checkpoints(self) -> dict[str, Path]:

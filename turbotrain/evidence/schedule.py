@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from turbotrain.evidence.folders import Folders
-from turbotrain.evidence.matrix import Cell
+from turbotrain.evidence.matrix import Cell, Matrix
 from turbotrain.records import status
 
 LAST_WORDS = 20  # seconds that children get to save what they have
@@ -44,11 +43,14 @@ class Outcome:
     left: list[str] = field(default_factory=list)
 
 
-def plan(folders: Folders, train: Sequence[str], measure: Sequence[str], common: Sequence[str]) -> list[Task]:
+def plan(
+    folders: Folders, train: Sequence[str], measure: Sequence[str], common: Sequence[str], only: Sequence[str] = ()
+) -> list[Task]:
     """Everything that is still to be done, most important first.
 
     train: the command in front of a training's overrides. measure: the command in front of a cell's name. common: overrides of
-    every training beside the matrix's own.
+    every training beside the matrix's own. only: names of cells; the others are left out, but for those that these need and
+    the first, which all are compared with.
     """
     matrix = folders.matrix
     logs = folders.root / "logs"
@@ -62,7 +64,7 @@ def plan(folders: Folders, train: Sequence[str], measure: Sequence[str], common:
         overrides = [f"name={folders.base.name}", f"stages=[{','.join(stages)}]", *codec]
         tasks.append(Task(BASE, [*train, *own, *overrides], [], logs / "base.log"))
     first = matrix.cells[0]
-    for cell in matrix.cells:
+    for cell in _chosen(matrix, only):
         waits = [BASE] if unfinished else []
         waits += [f"train:{name}" for name in cell.needs if not folders.trained(matrix.cell(name))]
         if not folders.trained(cell):
@@ -75,6 +77,19 @@ def plan(folders: Folders, train: Sequence[str], measure: Sequence[str], common:
             command = [*measure, cell.name]
             tasks.append(Task(f"{MEASURE}:{cell.name}", command, waits, logs / f"{cell.name}.rows.log"))
     return tasks
+
+
+def _chosen(matrix: Matrix, only: Sequence[str]) -> list[Cell]:
+    """Raises UsageError for a name that no cell has."""
+    if not only:
+        return list(matrix.cells)
+    wanted = {matrix.cells[0].name}
+    found = [matrix.cell(name) for name in only]
+    while found:
+        cell = found.pop()
+        wanted.add(cell.name)
+        found += [matrix.cell(name) for name in cell.needs]
+    return [cell for cell in matrix.cells if cell.name in wanted]
 
 
 def _training(folders: Folders, cell: Cell) -> list[str]:
@@ -207,7 +222,3 @@ def run_tasks(
         else:
             outcome.left.append(task.name)
     return outcome
-
-
-def python_command(*arguments: str) -> list[str]:
-    return [sys.executable, *arguments]
