@@ -37,6 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("matrix", type=Path)
     one.add_argument("output", type=Path)
     one.add_argument("cell")
+    one.add_argument("--row", help="this one alone")
     show = commands.add_parser("render", help="write the page and its figures")
     show.add_argument("results", type=Path)
     show.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "evidence.md")
@@ -105,7 +106,7 @@ def _measure(options: argparse.Namespace) -> int:
     config = load_config([f"recipe={matrix.recipe}", *matrix.common, *overrides])
     on_gpu = torch.cuda.is_available() and config.launch.device != "cpu"
     bench = Bench(folders, config, torch.device("cuda" if on_gpu else "cpu"))
-    measure_cell(bench, matrix.cell(options.cell), lambda line: print(line, flush=True))
+    measure_cell(bench, matrix.cell(options.cell), options.row, lambda line: print(line, flush=True))
     return DONE
 
 

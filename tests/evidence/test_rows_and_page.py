@@ -39,9 +39,9 @@ def bench(matrix_file: Path, tmp_path: Path) -> Bench:
 def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path) -> None:
     folders, matrix = bench.folders, bench.folders.matrix
     said: list[str] = []
-    measure_cell(bench, matrix.cells[0], said.append)
+    measure_cell(bench, matrix.cells[0], say=said.append)
     assert len(said) == 1
-    measure_cell(bench, matrix.cells[0], said.append)  # all there
+    measure_cell(bench, matrix.cells[0], say=said.append)  # all there
     assert len(said) == 1
     untuned = dataclasses.replace(
         matrix.cell("copy"),
@@ -51,8 +51,13 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
             Row("int8", 1, quantize={"scheme": "int8_channel", "weights_only": True}),
         ),
     )
-    measure_cell(bench, untuned, said.append)
+    measure_cell(bench, untuned, say=said.append)
     assert len(said) == 3
+    broken = dataclasses.replace(untuned, rows=(Row("x", 1, quantize={"scheme": "int3"}), Row("y", 1), Row("z", 1)))
+    with pytest.raises(ValueError, match="rows x failed"):
+        measure_cell(bench, dataclasses.replace(broken, rows=broken.rows[:2]), say=said.append)
+    measure_cell(bench, broken, "z", said.append)
+    assert [folders.result(broken, row).is_file() for row in broken.rows] == [False, True, True]
     found = {path.stem: json.loads(path.read_text()) for path in (folders.root / "results").rglob("*.json")}
     assert set(found["s2"]["metrics"]) == METRICS
     assert set(found["sparse"]["metrics"]) == METRICS | {"psnr", "ssim"}

@@ -70,11 +70,11 @@ def test_a_plan_holds_what_is_missing_and_nothing_else(matrix_file: Path, tmp_pa
     write_json(folders.root / "given.json", {"teacher": "/t", "codec": "/c"})
     tasks = {task.name: task for task in plan(folders, ["train"], ["measure"], ["seed=3"])}
     assert list(tasks) == [
-        "base", "measure:teacher", "train:sla010", "measure:sla010", "train:turbo", "measure:turbo", "measure:copy"
+        "base", "reference", "measure:teacher", "train:sla010", "measure:sla010", "train:turbo", "measure:turbo", "measure:copy"
     ]  # fmt: skip
     assert tasks["base"].command[-3:] == ["name=base", "stages=[data]", "model.codec=/c"]
     assert tasks["train:turbo"].needs == ["base", "train:sla010"]
-    assert tasks["measure:copy"].needs == ["base", "train:turbo", "measure:teacher"]
+    assert tasks["measure:copy"].needs == ["base", "train:turbo", "reference"]
     command = tasks["train:turbo"].command
     assert f"model.sla={folders.root}/cells/sla010/sla/checkpoint" in command
     assert {"seed=3", "model.teacher=/t", "stages=[rcm]", f"data.path={folders.base}/data/checkpoint"} <= set(command)
@@ -97,8 +97,8 @@ def test_chosen_cells_bring_what_they_need_and_the_reference(matrix_file: Path, 
     write_json(folders.root / "given.json", {"teacher": "/t", "codec": "/c"})
     names = [task.name for task in plan(folders, [], [], [], ["copy"])]
     assert names == [
-        "base", "measure:teacher", "train:sla010", "measure:sla010", "train:turbo", "measure:turbo", "measure:copy"
+        "base", "reference", "measure:teacher", "train:sla010", "measure:sla010", "train:turbo", "measure:turbo", "measure:copy"
     ]  # fmt: skip
-    assert [task.name for task in plan(folders, [], [], [], ["teacher"])] == ["base", "measure:teacher"]
+    assert [task.name for task in plan(folders, [], [], [], ["teacher"])] == ["base", "reference", "measure:teacher"]
     with pytest.raises(UsageError, match="nobody"):
         plan(folders, [], [], [], ["nobody"])

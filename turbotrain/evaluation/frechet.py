@@ -38,8 +38,9 @@ def _weights(device: torch.device) -> tuple[Tensor, ...]:
 def clip_features(frames_BTHWC: Tensor) -> Tensor:
     """Features (B, 128) float32 of clips uint8 (B, T, H, W, 3), of any length and size."""
     x = frames_BTHWC[:, ::_EVERY].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    for weight, stride in zip(_weights(x.device), _STRIDES):
-        x = F.relu(F.conv3d(x, weight, stride=stride, padding=1))
+    with torch.backends.cudnn.flags(allow_tf32=False):  # the same features on every device
+        for weight, stride in zip(_weights(x.device), _STRIDES):
+            x = F.relu(F.conv3d(x, weight, stride=stride, padding=1))
     return F.adaptive_avg_pool2d(x.mean(2), _CELLS).flatten(1)
 
 

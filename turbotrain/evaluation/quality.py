@@ -183,9 +183,10 @@ def clip_ssim(a_BTHWC: Tensor, b_BTHWC: Tensor) -> Tensor:
     clips, frames = a_BTHWC.shape[:2]
     # Around the middle of the range, where float32 resolves the variances' differences of squares.
     a, b = (clip.flatten(0, 1).permute(0, 3, 1, 2).float() - _RANGE / 2 for clip in (a_BTHWC, b_BTHWC))
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    covariance = blur(a * b) - mean_a * mean_b
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        mean_a, mean_b = blur(a), blur(b)
+        var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+        covariance = blur(a * b) - mean_a * mean_b
     mean_a, mean_b = mean_a + _RANGE / 2, mean_b + _RANGE / 2
     c1, c2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
     score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -86,50 +87,69 @@ class Bench:
         return {"mode": TEACHER, "steps": row.steps, **own, **row.settings}
 
 
-def measure_cell(bench: Bench, cell: Cell, say: Callable[[str], None] = print) -> None:
-    """Measure and write every row of `cell` that is missing. The first cell also writes what all others are compared with."""
+def measure_cell(bench: Bench, cell: Cell, only: str | None = None, say: Callable[[str], None] = print) -> None:
+    """Measure and write every row of `cell` that is missing, or the one of this name. The first cell also writes what all others
+    are compared with.
+
+    Raises:
+        ValueError: names the rows that failed, after all have been tried.
+    """
     folders = bench.folders
     is_reference = cell is folders.matrix.cells[0]
     real = _real_features(bench) if is_reference else load_file(folders.real_features)["features"]
+    failed: dict[str, Exception] = {}
     for row in folders.missing(cell):
-        began = time.perf_counter()
-        network, facts = build(bench, cell, row)
-        pipe = bench.pipeline(network)
-        latents_NCTHW = sample_trial(pipe, bench.trial, bench.sampler(row), folders.matrix.batch_size)
-        pipe.synchronize()
-        sampled = time.perf_counter()
-        if is_reference and row is cell.rows[0]:
-            _save(folders.reference_latents, {"latents": latents_NCTHW.cpu()})
-            reference = None
-        else:
-            reference = load_file(folders.reference_latents)["latents"].to(bench.device)
-        measured = measure_trial(pipe, bench.trial, latents_NCTHW, reference)
-        metrics = summarise(measured, bench.trial.seeds, real.numpy())
-        result = {
-            "cell": cell.name,
-            "row": row.name,
-            "title": row.label or cell.title,
-            "group": cell.group,
-            "sampler": row.sampler,
-            "steps": row.steps,
-            "evaluations": row.evaluations,
-            "attention": network.attention_config.to_dict(),
-            "quantize": row.quantize,
-            "train": list(cell.train),
-            "metrics": metrics,
-            "facts": facts,
-            "film": filmstrips(pipe.codec.decode_here(latents_NCTHW[:1])),
-            "clips": bench.trial.count,
-            "seconds": {"sampling": sampled - began, "measuring": time.perf_counter() - sampled},
-            "environment": environment(bench.device),
-        }
-        target = folders.result(cell, row)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, finite(result))
-        accuracy, low, high = metrics["accuracy"]
-        say(
-            f"{cell.name}/{row.name}: accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]  coverage {metrics['coverage'][0]:.3f}"
-        )
+        if only not in (None, row.name):
+            continue
+        try:
+            _measure_row(bench, cell, row, real.numpy(), say)
+        except Exception as error:  # one row that cannot run must not cost the others
+            failed[row.name] = error
+            say(f"{cell.name}/{row.name}: {error!r}")
+    if failed:
+        raise ValueError(f"{cell.name}: rows {', '.join(failed)} failed") from next(iter(failed.values()))
+
+
+def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: Callable[[str], None]) -> None:
+    folders = bench.folders
+    began = time.perf_counter()
+    network, facts = build(bench, cell, row)
+    pipe = bench.pipeline(network)
+    latents_NCTHW = sample_trial(pipe, bench.trial, bench.sampler(row), folders.matrix.batch_size)
+    pipe.synchronize()
+    sampled = time.perf_counter()
+    if cell is folders.matrix.cells[0] and row is cell.rows[0]:
+        _save(folders.reference_latents, {"latents": latents_NCTHW.cpu()})
+        reference = None
+    else:
+        reference = load_file(folders.reference_latents)["latents"].to(bench.device)
+    measured = measure_trial(pipe, bench.trial, latents_NCTHW, reference)
+    metrics = summarise(measured, bench.trial.seeds, real_ND)
+    result = {
+        "cell": cell.name,
+        "row": row.name,
+        "title": row.label or cell.title,
+        "group": cell.group,
+        "sampler": row.sampler,
+        "steps": row.steps,
+        "evaluations": row.evaluations,
+        "attention": network.attention_config.to_dict(),
+        "quantize": row.quantize,
+        "train": list(cell.train),
+        "metrics": metrics,
+        "facts": facts,
+        "film": filmstrips(pipe.codec.decode_here(latents_NCTHW[:1])),
+        "clips": bench.trial.count,
+        "seconds": {"sampling": sampled - began, "measuring": time.perf_counter() - sampled},
+        "environment": environment(bench.device),
+    }
+    target = folders.result(cell, row)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_json(target, finite(result))
+    accuracy, low, high = metrics["accuracy"]
+    say(
+        f"{cell.name}/{row.name}: accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]  coverage {metrics['coverage'][0]:.3f}"
+    )
 
 
 def build(bench: Bench, cell: Cell, row: Row) -> tuple[WanTransformer, dict[str, Any]]:

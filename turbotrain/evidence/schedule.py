@@ -22,11 +22,12 @@ from turbotrain.records import status
 LAST_WORDS = 20  # seconds that children get to save what they have
 MEASURE = "measure"
 BASE = "base"
+REFERENCE = "reference"  # the first row, which all others are compared with
 
 
 @dataclass
 class Task:
-    """name: `base`, `train:CELL` or `measure:CELL`. needs: names of tasks. alone: nothing else runs beside it."""
+    """name: `base`, `reference`, `train:CELL` or `measure:CELL`. needs: names of tasks."""
 
     name: str
     command: list[str]
@@ -71,9 +72,12 @@ def plan(
             name = f"train:{cell.name}"
             tasks.append(Task(name, [*train, *own, *_training(folders, cell)], list(waits), logs / f"{cell.name}.log"))
             waits.append(name)
+        if cell is first and first.rows[0] in folders.missing(first):
+            command = [*measure, first.name, "--row", first.rows[0].name]
+            tasks.append(Task(REFERENCE, command, waits, logs / f"{REFERENCE}.log"))
         if folders.missing(cell):
-            if cell is not first and folders.missing(first):
-                waits.append(f"{MEASURE}:{first.name}")
+            if first.rows[0] in folders.missing(first):
+                waits = [*waits, REFERENCE]
             command = [*measure, cell.name]
             tasks.append(Task(f"{MEASURE}:{cell.name}", command, waits, logs / f"{cell.name}.rows.log"))
     return tasks
