@@ -22,6 +22,7 @@ STAGES = ("codec", "data", "teacher", "sla", "rcm", "merge", "quantize", "evalua
 SCHEMES = ("int8_channel", "int8_block128", "fp8_channel")
 BOTH = "both"  # of model.expert
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
+BEST_METRICS = ("loss", "grad_norm", "scm", "dcm", "tangent_norm", "boundary", "dmd", "score_gap", "critic")
 ASSET_PREFIX = "asset:"
 NO_SHARDED_LORA = (
     "with lora.rank the frozen weights lie whole on every GPU, and the trained ones are too small to be worth sharding: "
@@ -251,6 +252,8 @@ class LaunchSection:
     compile: bool = False  # on a GPU, what stands between the linears of a trained network's blocks is compiled
     walltime_minutes: float = 0.0  # save and stop when this process is so old; 0: no limit
     keep_last: int = 2  # training states kept while a stage runs
+    # Besides these the state with the lowest mean of a metric since the one before it, written to <stage>/best/ at the end.
+    keep_best: str = ""
 
 
 @dataclass
@@ -375,6 +378,7 @@ def _check_launch(config: Config) -> None:
         )
     if launch.context_parallel > 1 and config.teacher.cuda_graph:
         reject("teacher.cuda_graph", True, "a graph is of one process: set launch.context_parallel=1")
+    _choice("launch.keep_best", launch.keep_best, ("", *BEST_METRICS))
     _at_least("launch.walltime_minutes", launch.walltime_minutes, 0)
     steps = config.logging.profile_steps
     if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):

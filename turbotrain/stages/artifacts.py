@@ -23,6 +23,7 @@ from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
 from turbotrain.records import environment, hash_path
 from turbotrain.stages.context import StageContext
+from turbotrain.training.state import best_state, saved_steps, saved_tensors
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
 # The tiny codecs of small worlds travel with every checkpoint; Wan's 11 GB text encoder is referred to.
@@ -82,9 +83,11 @@ def write_model(
     sampler: Mapping[str, Any] | None = None,
     quantization: Mapping[str, Any] | None = None,
     expert: str = "",
+    best: Mapping[str, Any] | None = None,
 ) -> CheckpointMeta:
     """Write the stage's checkpoint: weights, everything that inference needs to know, and where it came from.
 
+    best: with `launch.keep_best`, what made this state the best; it then lies in `best/`, as the last does in the stage's folder.
     expert: which one this is, of a stage that makes both. state_dict: of a network with LoRA, what was trained of it; the
     checkpoint has it merged, and `lora/` beside it alone.
     """
@@ -97,6 +100,8 @@ def write_model(
     inputs = {role: hash_path(path) for role, path in context.inputs.items() if role not in ("data", "codec")}
     made = environment()
     entry = {"stage": context.name, "inputs": inputs, "commit": made["commit"], "torch": made["torch"]}
+    entry |= {"best": dict(best)} if best else {}
+    folder = context.folder / "best" if best else context.folder
     parts = codec_parts(context)
     size = sum(file.stat().st_size for path in parts.values() for file in path.rglob("*") if file.is_file())
     copied = parts if size <= COPIED_UP_TO and all(path.is_dir() for path in parts.values()) else {}
@@ -112,11 +117,25 @@ def write_model(
         dtype=str(network.dtype).removeprefix("torch."),
     )
     if has_lora(network):
-        save_lora(context.folder / "lora" / LORA_FILE, lora_change(state_dict, network), meta)
+        save_lora(folder / "lora" / LORA_FILE, lora_change(state_dict, network), meta)
         state_dict = merged_state(network, state_dict)
         meta = dataclasses.replace(meta, dtype="float32")
-    save_checkpoint(context.checkpoint / expert, state_dict, meta, copied)
+    save_checkpoint(folder / context.checkpoint.name / expert, state_dict, meta, copied)
     return meta
+
+
+def write_trained(
+    context: StageContext, prefix: str, network: WanTransformer, sampler: Mapping[str, Any] | None = None
+) -> None:
+    """Write the stage's checkpoint from `prefix` of its last training state and, with `launch.keep_best`, that of the best."""
+    states = context.folder / "state"
+    write_model(context, saved_tensors(states, prefix), network, sampler=sampler)
+    wanted, best = context.config.launch.keep_best, best_state(states)
+    if best and best["step"] != saved_steps(states)[-1]:
+        write_model(context, saved_tensors(states, prefix, best["step"]), network, sampler=sampler, best=best)
+    if wanted:
+        found = f"after step {best['step']}, {wanted} {best['value']:.4g}" if best else f"none, no step had {wanted}"
+        context.say(f"best state: {found}")
 
 
 def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> Callable[[int], None] | None:

@@ -163,6 +163,7 @@ class StageContext:
             max_bad_steps=section.max_bad_steps,
             log_every=self.config.logging.log_every,
             keep_last=self.config.launch.keep_last,
+            keep_best=self.config.launch.keep_best,
             guard=section.guard,
             walltime_minutes=self.config.launch.walltime_minutes,
             profile_steps=self.config.logging.profile_steps,

@@ -25,7 +25,7 @@ from turbotrain.stages.artifacts import (
     attention_config,
     sample_strips,
     sampler_settings,
-    write_model,
+    write_trained,
 )
 from turbotrain.stages.context import BatchSource, StageContext, draw_times
 from turbotrain.stages.experts import grid_range, times_within
@@ -36,7 +36,6 @@ from turbotrain.training.meter import Work
 from turbotrain.training.pieces import Piece, beside
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom
-from turbotrain.training.state import saved_tensors
 
 SIMULATION_STEPS = 4
 
@@ -261,6 +260,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.rcm)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="turbo"))
     if context.accelerator.is_main_process:
-        average = saved_tensors(context.folder / "state", "average/")
-        write_model(context, average, task.network, sampler=sampler_settings(context.config))
+        write_trained(context, "average/", task.network, sampler_settings(context.config))
     return {"updates": {name: role.updates for name, role in task.roles.items()}}

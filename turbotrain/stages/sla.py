@@ -14,14 +14,13 @@ from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching, sla_alignment
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.wan import WanTransformer
-from turbotrain.stages.artifacts import attention_config, sample_strips, write_model
+from turbotrain.stages.artifacts import attention_config, sample_strips, write_trained
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
 from turbotrain.stages.lora import trainable
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.pieces import Piece
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom
-from turbotrain.training.state import saved_tensors
 
 
 class SlaTask:
@@ -78,5 +77,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.sla)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="teacher"))
     if context.accelerator.is_main_process:
-        write_model(context, saved_tensors(context.folder / "state", "student/weight/"), task.network)
+        write_trained(context, "student/weight/", task.network)
     return {}

@@ -10,7 +10,7 @@ from turbotrain.data.latents import Batch
 from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching
 from turbotrain.model.wan import WanTransformer
-from turbotrain.stages.artifacts import sample_strips, write_model
+from turbotrain.stages.artifacts import sample_strips, write_trained
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
@@ -18,7 +18,6 @@ from turbotrain.training.parallel import capture
 from turbotrain.training.pieces import Piece, beside
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom, derive_seed
-from turbotrain.training.state import saved_tensors
 
 
 class TeacherTask:
@@ -72,5 +71,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.teacher)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="teacher"))
     if context.accelerator.is_main_process:
-        write_model(context, saved_tensors(context.folder / "state", "average/"), task.network)
+        write_trained(context, "average/", task.network)
     return {"parameters": sum(p.numel() for p in task.network.parameters())}

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from turbotrain.config import GuardSection
+from turbotrain.training.best import Best
 from turbotrain.training.guard import Guard
 from turbotrain.training.interrupt import Interruption, Stopped
 from turbotrain.training.log import StageLog
@@ -25,7 +26,7 @@ from turbotrain.training.meter import Meter, Work
 from turbotrain.training.pieces import Piece
 from turbotrain.training.profile import profiled
 from turbotrain.training.roles import Role
-from turbotrain.training.state import StateWriter, read_state
+from turbotrain.training.state import StateWriter, read_state, saved_steps
 
 
 class TrainingDiverged(RuntimeError):
@@ -80,6 +81,7 @@ class LoopSettings:
     max_bad_steps: int
     log_every: int
     keep_last: int
+    keep_best: str = ""
     guard: GuardSection = field(default_factory=GuardSection)
     walltime_minutes: float = 0.0
     profile_steps: Sequence[int] = ()
@@ -90,12 +92,18 @@ class Progress:
     """Where a loop is: besides tensors, all that its states hold."""
 
     guard: Guard
+    best: Best
     step: int = 0
     detours: int = 0
 
     def counters(self, roles: Mapping[str, Role]) -> dict[str, Any]:
         updates = {name: role.updates for name, role in roles.items()}
-        return {"updates": updates, "detours": self.detours, "guard": self.guard.state()}
+        return {
+            "updates": updates,
+            "detours": self.detours,
+            "guard": self.guard.state(),
+            "best": self.best.state(),
+        }
 
     def restore(self, states: Path, task: Task) -> bool:
         """From the newest state; False and unchanged if there is none."""
@@ -104,6 +112,7 @@ class Progress:
             return False
         self.step, self.detours = found["step"], found["detours"]
         self.guard.load(found["guard"])
+        self.best.load(found.get("best", {}), saved_steps(states))
         for name, role in task.roles.items():
             role.updates = found["updates"][name]
             role.restored()
@@ -128,13 +137,14 @@ def train(
     """
     states = folder / "state"
     writer = StateWriter(states, settings.keep_last)
-    at = Progress(Guard(settings.guard))
+    at = Progress(Guard(settings.guard), Best(settings.keep_best))
     at.restore(states, task)
     bad, saved = 0, at.step
 
     def save() -> None:
         nonlocal saved
         if at.step != saved:
+            at.best.judge(at.step)
             writer.save(at.step, _pieces(task), at.counters(task.roles))
             saved = at.step
 
@@ -160,6 +170,7 @@ def train(
             step = take_step(task, plan, at.guard, meter, accelerator, asked)
             objection, stop, save_now = step.objection, step.asked["stop"], step.asked["save"]
             log.record(at.step, step.line)
+            at.best.see({} if objection else step.line)
             bad = bad + 1 if objection else 0
             at.step += 1
             profiler.step()

@@ -36,7 +36,8 @@ POLL_S = 0.005
 class StateWriter:
     """Writes states of one stage in the background; one at a time. Every process has its own and calls it at the same steps.
 
-    keep: how many states stay. Wants the folder on a file system that all processes share.
+    keep: how many states stay, besides the one that the newest calls the best (`best.py`). Wants the folder on a file system
+    that all processes share.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -143,8 +144,10 @@ class StateWriter:
             shutil.rmtree(final)
         os.replace(partial, final)
         sync(self.folder)
+        best = description.get("best", {}).get("step")
         for old in saved_steps(self.folder)[: -self.keep]:
-            shutil.rmtree(self.folder / f"{PREFIX}{old:08d}", ignore_errors=True)
+            if old != best:
+                shutil.rmtree(self.folder / f"{PREFIX}{old:08d}", ignore_errors=True)
 
 
 def read_state(folder: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
@@ -176,13 +179,20 @@ def newest_state(folder: Path) -> Path | None:
     return None
 
 
-def saved_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The whole tensors under `prefix` in the newest state, on the CPU: how a sharded network becomes a checkpoint."""
-    newest = newest_state(folder)
-    if newest is None:
+def saved_tensors(folder: Path, prefix: str, step: int | None = None) -> dict[str, Tensor]:
+    """The whole tensors under `prefix` in the newest state, or in that of `step`, on the CPU: how a sharded network becomes a
+    checkpoint."""
+    state = newest_state(folder) if step is None else folder / f"{PREFIX}{step:08d}"
+    if state is None:
         raise FileNotFoundError(f"{folder}: no training state to take {prefix} from")
-    with SavedPieces([newest / name for name in _description(newest)["files"]]) as saved:
+    with SavedPieces([state / name for name in _description(state)["files"]]) as saved:
         return saved.whole(prefix)
+
+
+def best_state(folder: Path) -> dict[str, Any]:
+    """What the newest state says of the best: {"metric", "step", "value"}, or {}."""
+    newest = newest_state(folder)
+    return {} if newest is None else _description(newest).get("best", {})
 
 
 def saved_steps(folder: Path) -> list[int]:
