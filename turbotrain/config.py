@@ -360,7 +360,7 @@ def validate(config: Config) -> None:
     for tracker in config.logging.trackers:
         _choice("logging.trackers", tracker, ("wandb", "tensorboard"))
         if find_spec(tracker) is None:
-            reject("logging.trackers", tracker, f"{tracker} is not installed: pip install {tracker}")
+            reject("logging.trackers", tracker, f"{tracker} is not installed: pip install turbotrain[{tracker}]")
 
 
 def _check_launch(config: Config) -> None:

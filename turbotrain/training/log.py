@@ -33,6 +33,9 @@ class StageLog:
         if not self.main:
             return self
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.tracker.define_metric(f"{self.title}/*", step_metric=f"{self.title}/step")
         truncate_metrics(self.path, self.start)
         self.file = self.path.open("a")
         if sys.stderr.isatty():
@@ -63,8 +66,7 @@ class StageLog:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         numbers = {key: value for key, value in values.items() if not isinstance(value, str)}
-        if self.accelerator.trackers:
-            self.accelerator.log({f"{self.title}/{key}": value for key, value in numbers.items()}, step=step)
+        self._track(step, {f"{self.title}/{key}": value for key, value in numbers.items()})
         done = step + 1
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if key in ("loss", "grad_norm"))
         if self.bar:
@@ -73,6 +75,14 @@ class StageLog:
             rate = (time.perf_counter() - self.began) / (done - self.start)
             left = rate * (self.steps - done)
             print(f"{self.title} {done}/{self.steps}  {shown}  {rate * 1e3:.0f} ms/step  {left:.0f} s left", flush=True)
+
+    def _track(self, step: int, numbers: Mapping[str, float]) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                # Its own steps only grow, while a run's stages each begin at 0: what lies behind would be dropped.
+                tracker.log({**numbers, f"{self.title}/step": step})
+            else:
+                tracker.log(numbers, step=step)
 
 
 def truncate_metrics(path: Path, start: int) -> None:
