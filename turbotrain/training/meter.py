@@ -39,7 +39,7 @@ class Meter:
             self._events[0].record()
 
     def before_last_backward(self) -> None:
-        """Up to here a process under DDP waits for no other."""
+        """Up to here a process under DDP waits for no other, but for those that it shares samples with."""
         self._alone = time.perf_counter() - self._began
         if self._events:
             self._events[1].record()
