@@ -15,23 +15,23 @@ from torch.multiprocessing import ProcessExitedException
 from turbotrain.training.interrupt import Interruption
 
 ZERO = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-ENGINES = ["ddp", "fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
+SHARDED = ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
 TOGETHER = "launch.context_parallel=2"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", SHARDED)
 def test_two_processes_on_each_sample(engine: str, tiny: World, tiny_whole: Path, tmp_path: Path) -> None:
     train_on(2, *tiny_arguments(tiny, tmp_path, TOGETHER, f"launch.engine={engine}"))
     assert_same_run(tmp_path / "run", tiny_whole, tiny)
-    for line, other in zip(read_metrics(tmp_path / "run" / "rcm"), read_metrics(tiny_whole / "rcm"), strict=True):
-        tokens, expected = (found["tokens_per_s"] * found["seconds"] for found in (line, other))
-        assert tokens == pytest.approx(expected), "a shared sample's tokens count once"
 
 
 def test_two_groups_of_two_share_the_batch(tiny: World, tiny_whole: Path, tmp_path: Path) -> None:
     more = ["launch.micro_batches=2", "launch.activation_checkpointing=true"]
     train_on(4, *tiny_arguments(tiny, tmp_path, TOGETHER, *more))
     assert_same_run(tmp_path / "run", tiny_whole, tiny)
+    for line, other in zip(read_metrics(tmp_path / "run" / "rcm"), read_metrics(tiny_whole / "rcm"), strict=True):
+        tokens, expected = (found["tokens_per_s"] * found["seconds"] for found in (line, other))
+        assert tokens == pytest.approx(expected), "a shared sample's tokens count once"
 
 
 def test_the_other_losses(tiny: World, tmp_path: Path) -> None:
@@ -49,6 +49,14 @@ def test_the_other_losses(tiny: World, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "shared" / "run", tmp_path / "alone" / "run", tiny)
     shared, alone = (read_metrics(tmp_path / name / "run" / "teacher") for name in ("shared", "alone"))
     assert [line["loss"] for line in shared] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+
+
+def test_low_rank_changes(tiny: World, tmp_path: Path) -> None:
+    """Of weights that student, critic and teacher share."""
+    more = ["stages=[rcm]", "lora.rank=4", "launch.activation_checkpointing=true"]
+    train_on(2, *tiny_arguments(tiny, tmp_path / "shared", TOGETHER, *more))
+    assert train_here(*tiny_arguments(tiny, tmp_path / "alone", *more)) == 0
+    assert_same_run(tmp_path / "shared" / "run", tmp_path / "alone" / "run", tiny, stages=("rcm",))
 
 
 def test_one_process_continues_what_two_shared(tiny: World, tiny_whole: Path, tmp_path: Path) -> None:
