@@ -20,7 +20,9 @@ from turbotrain.evaluation.readings import Judgements, judge_clips
 from turbotrain.pipeline import TurboPipeline
 
 # Clips that are decoded and judged together: a gigabyte of float32 pixels and readings at 81 frames.
-JUDGED_TOGETHER = 32
+JUDGED_TOGETHER = 64
+JUDGED_FRAMES = 40
+COMPARED_EVERY = 4  # frames: one a latent frame
 
 
 @dataclass(frozen=True)
@@ -62,25 +64,34 @@ def sample_trial(pipe: TurboPipeline, trial: Trial, sampler: dict[str, Any], bat
     return torch.cat(latents)
 
 
-def decoded(pipe: TurboPipeline, latents_NCTHW: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(clips, their frames (B, T, H, W, 3) uint8 on the pipeline's device) of all latents in order."""
-    for begin in range(0, len(latents_NCTHW), JUDGED_TOGETHER):
-        at = slice(begin, begin + JUDGED_TOGETHER)
-        yield at, pipe.codec.decode_here(latents_NCTHW[at])
+def reference_frames(pipe: TurboPipeline, latents_NCTHW: Tensor) -> Tensor:
+    """Every `COMPARED_EVERY`th frame (N, T, H, W, 3) uint8 of the clips that others are compared with."""
+    return torch.cat([frames_BTHWC[:, ::COMPARED_EVERY] for _, frames_BTHWC in _decoded(pipe, latents_NCTHW)])
 
 
 @torch.inference_mode()
 def measure_trial(
-    pipe: TurboPipeline, trial: Trial, latents_NCTHW: Tensor, reference_NCTHW: Tensor | None = None
+    pipe: TurboPipeline, trial: Trial, latents_NCTHW: Tensor, reference_NTHWC: Tensor | None = None
 ) -> Measured:
-    """Judge every clip; with latents of a reference (the teacher's, from the same noise) also PSNR and SSIM to its frames."""
+    """Judge every clip; with `reference_frames` of another network from the same noise also PSNR and SSIM to those.
+
+    Of a long clip about `JUDGED_FRAMES` frames are read, evenly spaced from the first to the last.
+    """
+    every = max(1, trial.frames // JUDGED_FRAMES)
     judged, features, psnrs, ssims = [], [], [], []
-    for at, frames_BTHWC in decoded(pipe, latents_NCTHW):
-        judged.append(judge_clips(frames_BTHWC, trial.scenes[at]).cpu())
+    for at, frames_BTHWC in _decoded(pipe, latents_NCTHW):
+        judged.append(judge_clips(frames_BTHWC[:, ::every], trial.scenes[at]).cpu())
         features.append(clip_features(frames_BTHWC).cpu())
-        if reference_NCTHW is not None:
-            teachers_BTHWC = pipe.codec.decode_here(reference_NCTHW[at])
-            psnrs.append(clip_psnr(frames_BTHWC, teachers_BTHWC).cpu())
-            ssims.append(clip_ssim(frames_BTHWC, teachers_BTHWC).cpu())
+        if reference_NTHWC is not None:
+            pair = frames_BTHWC[:, ::COMPARED_EVERY], reference_NTHWC[at]
+            psnrs.append(clip_psnr(*pair).cpu())
+            ssims.append(clip_ssim(*pair).cpu())
     psnr, ssim = (torch.cat(parts).numpy() if parts else None for parts in (psnrs, ssims))
     return Measured(Judgements.joined(judged), torch.cat(features).numpy(), psnr, ssim)
+
+
+def _decoded(pipe: TurboPipeline, latents_NCTHW: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(clips, their frames (B, T, H, W, 3) uint8 on the pipeline's device) of all latents in order."""
+    for begin in range(0, len(latents_NCTHW), JUDGED_TOGETHER):
+        at = slice(begin, begin + JUDGED_TOGETHER)
+        yield at, pipe.codec.decode_here(latents_NCTHW[at])

@@ -29,7 +29,7 @@ from turbotrain.evaluation.benchmark import environment
 from turbotrain.evaluation.evaluate import finite
 from turbotrain.evaluation.frechet import clip_features
 from turbotrain.evaluation.quality import summarise
-from turbotrain.evaluation.trial import JUDGED_TOGETHER, Trial, measure_trial, sample_trial
+from turbotrain.evaluation.trial import JUDGED_TOGETHER, Trial, measure_trial, reference_frames, sample_trial
 from turbotrain.evidence.films import filmstrips
 from turbotrain.evidence.folders import Folders
 from turbotrain.evidence.matrix import TEACHER, Cell, Row
@@ -71,12 +71,20 @@ class Bench:
         clips = sample_clips(matrix.prompts, config.seed, split="test", pairs=data.pairs)
         self.trial = Trial(clips, matrix.seeds, data.frames)
         self.codec, self.text = codec, text
+        self._reference: Tensor | None = None
 
     def pipeline(self, network: WanTransformer) -> TurboPipeline:
         sampler = self.config.sampler
         recorded = {"sigma_max": sampler.sigma_max, "times": list(sampler.times), "ode": sampler.ode}
         meta = CheckpointMeta(sampler=recorded)
         return TurboPipeline([network], self.codec, self.text, self.variant, meta, self.device)
+
+    def reference(self, pipe: TurboPipeline) -> Tensor:
+        """The teacher's frames, decoded once."""
+        if self._reference is None:
+            latents_NCTHW = load_file(self.folders.reference_latents)["latents"]
+            self._reference = reference_frames(pipe, latents_NCTHW)
+        return self._reference
 
     def sampler(self, row: Row) -> dict[str, Any]:
         """Arguments of `TurboPipeline.sample`."""
@@ -122,7 +130,7 @@ def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: C
         _save(folders.reference_latents, {"latents": latents_NCTHW.cpu()})
         reference = None
     else:
-        reference = load_file(folders.reference_latents)["latents"].to(bench.device)
+        reference = bench.reference(pipe)
     measured = measure_trial(pipe, bench.trial, latents_NCTHW, reference)
     metrics = summarise(measured, bench.trial.seeds, real_ND)
     result = {

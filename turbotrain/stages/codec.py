@@ -181,7 +181,9 @@ def train_vae(
     """Train the VAE to reconstruct, then its decoder alone; measure the latents' mean and spread."""
     clips = render_parallel(min(max(1, POOL // frames), steps * batch_size), seed, frames=frames)
     pool = torch.from_numpy(clips).to(device)
-    vae = tiny_vae() if start is None else VideoCodec.from_pretrained(start / "vae").vae.train().requires_grad_(True)
+    vae = tiny_vae()
+    if start is not None:
+        vae.load_state_dict(VideoCodec.from_pretrained(start / "vae").vae.state_dict())
     nn.Module.to(vae, device)  # diffusers' decorator hides the signature of its own `to`
 
     def reconstruction_batch(rows: Tensor) -> tuple[Tensor, ...]:
