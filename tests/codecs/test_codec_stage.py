@@ -284,3 +284,20 @@ def test_a_failure_midway_leaves_what_was_there(tmp_path: Path, monkeypatch: pyt
     train_briefly(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["text_encoder", "tokenizer", "vae"]
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.usefixtures("few_clips")
+def test_training_goes_on_from_another_codec_for_longer_clips(tmp_path: Path) -> None:
+    start = Path(__file__).resolve().parents[2] / "recipes" / "assets" / "shapes_teacher"
+    folder = tmp_path / "checkpoint"
+    given = {"device": CPU, "seed": 0, "steps": 1, "decoder_steps": 0, "batch_size": 1, "text_steps": 1}
+    metrics = train_codec(folder, **given, frames=17, start=start, say=lambda line: None)
+    assert set(metrics) == {"psnr_db", "judged_accuracy"}  # no text encoder was trained
+    for name in ("text_encoder", "tokenizer"):
+        for file in (start / name).iterdir():
+            assert (folder / name / file.name).read_bytes() == file.read_bytes()
+    weights = "diffusion_pytorch_model.safetensors"
+    before, after = (load_file(root / "vae" / weights) for root in (start, folder))
+    changed = [(after[name].float() - before[name].float()).abs().max().item() for name in before]
+    assert 0 < max(changed) < 2e-3  # one step of a rate that warms up
+    assert "_name_or_path" not in (folder / "vae" / "config.json").read_text()
