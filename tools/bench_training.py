@@ -202,6 +202,7 @@ def time_case(
     except (torch.OutOfMemoryError, ValueError, RuntimeError) as error:
         return [Row(case, kind, error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
     finally:
+        accelerator.free_memory()  # it remembers the networks that it wrapped
         gc.collect()
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from turbokernels import BlockMask
 
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.tangent import Dual, WideLinear, add, cast, linear, tangents_left_out
+from turbotrain.model.tangent import Dual, WideLinear, tangents_left_out
 
 
 def dense_attention(q: Dual, k: Dual, v: Dual) -> Dual:
@@ -56,29 +56,29 @@ class SparseLinearAttention(nn.Module):
         projection = self.local_attn["proj_l"]
         weight, bias = projection.get_parameter("weight"), projection.get_parameter("bias")
         primals = (q.x, k.x, v.x)
-        plain = q.t is k.t is v.t is None and not torch.is_grad_enabled()
-        if plain and config.kind == "sage_sla" and selection is None:
-            blocks = config.topk, config.block_q, config.block_k
-            o, selection = tk.sage_sla(*primals, weight, bias, *blocks, config.feature_map)
-            return Dual(o), selection
-        if selection is None:
-            with torch.no_grad():
-                selection = tk.select_blocks(q.x, k.x, config.topk, config.block_q, config.block_k)
-        if plain:
+        if q.t is k.t is v.t is None:
+            if config.kind == "sage_sla" and selection is None and not torch.is_grad_enabled():
+                blocks = config.topk, config.block_q, config.block_k
+                o, selection = tk.sage_sla(*primals, weight, bias, *blocks, config.feature_map)
+                return Dual(o), selection
+            selection = self._selection(q.x, k.x, selection)
             sparse = self._sparse(*primals, selection)
             return Dual(tk.add_linear_attention(sparse, *primals, weight, bias, config.feature_map)), selection
         if q.t is None or k.t is None or v.t is None:
-            if not (q.t is k.t is v.t):
-                raise ValueError("SLA takes the tangents of q, k and v together, or none")
-            sparse = Dual(self._sparse(*primals, selection))
-            everywhere = Dual(tk.linear_attention(*primals, config.feature_map))
-        else:
-            if config.kind == "sage_sla":
-                raise ValueError("attention.kind=sage_sla has no tangent (inference only): use sla, of equal weights")
-            sparse = Dual(*tk.sparse_attention_jvp(*primals, q.t, k.t, v.t, selection))
-            everywhere = Dual(*tk.linear_attention_jvp(*primals, q.t, k.t, v.t, config.feature_map))
-        projected = linear(projection, everywhere)
-        return add(sparse, cast(projected, q.x.dtype)), selection
+            raise ValueError("SLA takes the tangents of q, k and v together, or none")
+        if config.kind == "sage_sla":
+            raise ValueError("attention.kind=sage_sla has no tangent (inference only): use sla, of equal weights")
+        selection = self._selection(q.x, k.x, selection)
+        slopes = (q.t, k.t, v.t)
+        sparse = tk.sparse_attention_jvp(*primals, *slopes, selection)
+        o, to = tk.add_linear_attention_jvp(*sparse, *primals, *slopes, weight, bias, config.feature_map)
+        return Dual(o, to), selection
+
+    def _selection(self, q: Tensor, k: Tensor, given: BlockMask | None) -> BlockMask:
+        if given is not None:
+            return given
+        with torch.no_grad():
+            return tk.select_blocks(q, k, self.config.topk, self.config.block_q, self.config.block_k)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, selection: BlockMask) -> Tensor:
         if self.config.kind == "sla":

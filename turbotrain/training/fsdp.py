@@ -10,8 +10,10 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from turbotrain.model.wan import WanTransformer
 from turbotrain.training.roles import Role
@@ -44,3 +46,11 @@ class ShardedRole(Role):
     @property
     def needs_all_ranks(self) -> bool:
         return True
+
+    def norm(self) -> Tensor:
+        # Of this process's shards, summed where collectives run: shards that rest in host memory have none of their own.
+        shards = [p.grad.to_local() for p in self.parameters.values() if isinstance(p.grad, DTensor)]
+        mesh = next(p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor))
+        squared = torch.nn.utils.get_total_norm(shards).to(mesh.device_type).square()
+        dist.all_reduce(squared, group=mesh.get_group())
+        return squared.sqrt()

@@ -145,3 +145,17 @@ def beside(prefix: str, tensors: Mapping[str, Tensor], like: Mapping[str, Piece]
         else Piece(f"{prefix}{name}", tensor, tuple(tensor.shape))
         for name, tensor in tensors.items()
     ]
+
+
+def per_block(prefix: str, tensors: Mapping[str, Tensor], like: Mapping[str, Piece], block: int) -> list[Piece]:
+    """The same for tensors of one number for every `block` elements, whole blocks of which every process holds."""
+    return [
+        Piece(
+            f"{prefix}{name}",
+            tensor,
+            (math.prod(like[name].shape) // block,),
+            like[name].start // block,
+            like[name].replicated,
+        )
+        for name, tensor in tensors.items()
+    ]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from turbotrain.training.pieces import Piece, beside, local_piece
+from turbotrain.training.optim import BLOCK, SCALE, set_rate, stored
+from turbotrain.training.pieces import Piece, beside, local_piece, per_block
 
 
 @dataclass
@@ -59,8 +60,7 @@ class Role:
     def step(self, norm: Tensor) -> None:
         """Clip to `grad_clip`, update with the rate of the moment, forget the gradient."""
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.grad_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.updates)
+        set_rate(self.optimizer, self.rate(self.updates))
         self.optimizer.step()
         self.updates += 1
         self.skip()
@@ -84,15 +84,21 @@ class Role:
         held = self.held()
         found = beside(f"{self.name}/weight/", self.weights(), held)
         for kind, states in self.optimizer_states().items():
-            found += beside(f"{self.name}/{kind}/", states, held)
+            if kind.endswith(SCALE):
+                found += per_block(f"{self.name}/{kind}/", states, held, BLOCK)
+            else:
+                found += beside(f"{self.name}/{kind}/", states, held)
         return found
 
     def optimizer_states(self) -> dict[str, dict[str, Tensor]]:
-        """{kind: {parameter: local tensor}}; present from the start, see `make_optimizer`."""
+        """{kind: {parameter: local tensor}}; present from the start, see `make_optimizer`. An 8-bit moment is two kinds: codes,
+        and scales."""
         kinds: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
-                kinds.setdefault(kind, {})[name] = local_piece(name, value).tensor
+                local = local_piece(name, value).tensor
+                for suffix, tensor in stored(local).items():
+                    kinds.setdefault(f"{kind}{suffix}", {})[name] = tensor
         return kinds
 
     def restored(self) -> None:

@@ -30,8 +30,13 @@ def zero_role(
     """`network` in an engine of its own. offload: optimiser states rest in host memory.
 
     Raises:
-        UsageError: DeepSpeed is not installed.
+        UsageError: DeepSpeed is not installed; an optimiser that cannot work on its flat ranges.
     """
+    if optim.kind != "adamw":
+        raise UsageError(
+            f"optim.kind={optim.kind!r}: DeepSpeed keeps moments in flat ranges of its own; use optim.kind=adamw, or "
+            "launch.engine=fsdp2"
+        )
     try:
         import deepspeed  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError as error:
