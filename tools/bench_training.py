@@ -6,7 +6,7 @@
 A step is the stage's own: its losses, backward passes, update and average, through `training.loop.take_step`. Samples come from
 shards that are written first, of the latents' true shape, so no step runs the VAE. A case is a kind of step (sla, dcm, scm, or
 dmd: scm + dmd and the critic's step in turn) and settings of its own; `student=dense` keeps dense attention in the student. Each
-is warmed up, then timed step by step; what fails (memory, say) costs its own rows.
+is warmed up, then timed step by step; what fails (memory, say) costs its own rows, and on several processes ends the run.
 """
 
 from __future__ import annotations
@@ -387,6 +387,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 report["rows"] = [dataclasses.asdict(row) for row in rows]
                 options.json.write_text(json.dumps(report, indent=1))
+            if rows[-1].error and accelerator.num_processes > 1:
+                # The other processes may wait for this one in a collective: the launcher ends them when it is gone.
+                print(rows[-1].error, file=sys.stderr, flush=True)
+                os._exit(1)
     if accelerator.is_main_process:
         console.print(table_of(rows))
     accelerator.end_training()
