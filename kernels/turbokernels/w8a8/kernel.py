@@ -154,9 +154,9 @@ def _asynchronous(block_m: int, block_n: int, slots: int, num_warps: int, consum
 HOPPER_GLUON = [
     _asynchronous(128, 128, 4, 4, 2, 16),
     _asynchronous(128, 128, 5, 4, 2, 8),
-    _asynchronous(128, 128, 5, 4, 2, 4),
     _asynchronous(128, 128, 4, 4, 2, 4),
     _asynchronous(128, 256, 3, 8, 1, 16),
+    _asynchronous(128, 256, 3, 8, 1, 32),
 ]
 # Triton waits for integer matrix instructions at the end of every step of K, so two programs per processor that fill each
 # other's gaps come first, and tiles whose steps are long next.
