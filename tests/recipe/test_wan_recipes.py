@@ -176,7 +176,7 @@ def test_computed_memory_is_what_the_page_says() -> None:
             f"{tokens:,}",
             f"{18 * parameters / 1e9:.1f} GB",
             f"{38 * parameters / 1e9:.1f} GB",
-            f"{4 * tokens * network.dim * network.num_layers / 1e9:.1f} GB",
+            f"{2 * tokens * network.dim * network.num_layers / 1e9:.1f} GB",
             f"{dense:.2f} / {sparse:.2f}",
             f"{2 * numbers / 1e6:.1f} MB",
         ], name
