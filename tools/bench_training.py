@@ -162,7 +162,7 @@ def build(kind: str, config: Config, folder: Path, accelerator: Accelerator, eng
     """The stage's task on random networks, and its context."""
     stage = "sla" if kind == "sla" else "rcm"
     inputs = {"data": folder, "teacher": Path("random")}
-    if config.rcm.composition == "sequential":
+    if config.rcm.composition == "sequential" and not config.lora.rank:  # adapters go on over the teacher's weights
         inputs["sla"] = Path("random")
     context = RandomContext(stage, config, folder, inputs, accelerator, engine)
     return SlaTask(context) if stage == "sla" else RcmTask(context), context
