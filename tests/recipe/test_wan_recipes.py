@@ -218,6 +218,20 @@ def test_whole_recipes(recipe: str, made: dict[str, tuple[Path, Path]], tmp_path
 
 
 @pytest.mark.tiny
+def test_a_student_by_lora_is_sampled_and_quantised_like_any(
+    made: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Over bf16 weights, as the Wan recipes train."""
+    recipe = "wan2.1_t2v_1.3b_480p"
+    assert train_here(*arguments(recipe, *made["t2v"], tmp_path, "lora.rank=4", "rcm.sample_every=3")) == 0
+    run = tmp_path / recipe
+    assert (run / "sla" / "samples" / "step_00000002.png").is_file()
+    assert (run / "rcm" / "samples" / "step_00000003.png").is_file()
+    assert {tensor.dtype for tensor in weights(run / "rcm").values()} == {torch.float32}
+    assert read_meta(run / "quantize" / "checkpoint").quantization is not None
+
+
+@pytest.mark.tiny
 def test_given_frames_stay_and_are_left_out(
     made: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
