@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import MATRIX
+from small_matrix import MATRIX
 
 from turbotrain.compose import UsageError
 from turbotrain.config import load_config
