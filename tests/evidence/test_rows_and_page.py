@@ -103,7 +103,7 @@ def test_every_figure_is_drawn_from_its_rows() -> None:
     drawn = figures(
         {
             ("teacher", "s50"): row(100),
-            ("teacher", "s20"): row(40, attention_mass=mass),
+            ("untuned", "topk100"): row(40, attention_mass=mass),
             ("turbo", "int8_4"): row(4, sqnr_db=layers, input_absmax=dict.fromkeys(layers, 3.0)),
             ("sla010", "s20"): row(40),
         }

@@ -23,6 +23,7 @@ def collect(folders: Folders) -> dict[str, Any]:
     return {
         "name": matrix.name,
         "recipe": matrix.recipe,
+        "common": list(matrix.common),
         "prompts": matrix.prompts,
         "seeds": matrix.seeds,
         "real": matrix.real,

@@ -120,7 +120,7 @@ def _by_layer(values: Mapping[str, float], unit: str, before: Mapping[str, float
 
 
 def _mass(rows: Rows) -> str:
-    mass = rows.get(("teacher", "s20"), {}).get("facts", {}).get("attention_mass")
+    mass = rows.get(("untuned", "topk100"), {}).get("facts", {}).get("attention_mass")
     if not mass:
         return ""
     shades = ("teacher", "sla", "rcm", "turbo", "merge", "critic")

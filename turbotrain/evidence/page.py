@@ -75,7 +75,7 @@ def _page(
         f"The world and the recipe: [{document['recipe']}](../recipes/{document['recipe']}.md). It is small: what holds here",
         "holds in kind, and says nothing about how Wan's own videos look; those take VBench's protocol (`tools/vbench.py`).",
         "",
-        *_headline(rows, seconds),
+        *_headline(rows, seconds, document["name"]),
         *_claims(rows),
     ]
     for name in drawn:
@@ -88,20 +88,20 @@ def _page(
     return lines + _how(document)
 
 
-def _headline(rows: Rows, seconds: Mapping[str, float]) -> list[str]:
+def _headline(rows: Rows, seconds: Mapping[str, float], name: str) -> list[str]:
     shown = [rows[key] for key in HEADLINE if key in rows]
     if not shown:
         return []
     lines = [
-        "| method | steps | passes | accuracy | coverage | the same passes through Wan 2.1 1.3B, 480p, H200 |",
-        "|---|---|---|---|---|---|",
+        "| method | steps | passes | accuracy | coverage | the same passes through Wan 2.1 1.3B, 480p, H200 | command |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in shown:
         accuracy, coverage = (_value(row, name) for name in ("accuracy", "coverage"))
-        lines.append(
-            f"| {row['title']} | {row['steps']} | {row['evaluations']} | {accuracy} | {coverage} | {_latency(row, seconds)} |"
-        )
-    lines += [""]
+        figures = f"{row['steps']} | {row['evaluations']} | {accuracy} | {coverage} | {_latency(row, seconds)}"
+        lines.append(f"| {row['title']} | {figures} | `--only {row['cell']}` |")
+    command = f"python tools/evidence.py run configs/evidence/{name}.yaml"
+    lines += ["", f"Commands are options of `{command}`; the recipe's page has the rest.", ""]
     if seconds:
         lines += [
             "The last column is arithmetic on measured times: passes times",
@@ -205,4 +205,6 @@ def _how(document: Mapping[str, Any]) -> list[str]:
         lines += ["| trained | seconds |", "|---|---|"]
         lines += [f"| {name} | {facts.get('seconds', 0):.0f} |" for name, facts in training.items()]
         lines += ["", "Seconds of runs that shared a GPU with others."]
+    if document.get("common"):
+        lines += ["", "Overrides of every training: " + ", ".join(f"`{item}`" for item in document["common"]) + "."]
     return lines
