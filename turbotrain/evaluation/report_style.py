@@ -134,4 +134,4 @@ dl.terms dt { font-weight: 580; } dl.terms dd { margin: 0; color: var(--ink-2); 
 
 CSS = _PALETTE + _TEXT + _FIGURES + _TABLES
 # Of a figure that is a file of its own.
-FIGURE_CSS = _PALETTE + _FIGURES
+FIGURE_CSS = _PALETTE + _FIGURES + 'svg { font-family: Inter, system-ui, "Segoe UI", Roboto, Arial, sans-serif; }'
