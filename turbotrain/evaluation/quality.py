@@ -153,6 +153,8 @@ def _frechet(features_ND: np.ndarray, real_ND: np.ndarray, seeds: int) -> Estima
     value = gaussian_distance(*gaussian(features_ND), *real)
     prompt_N = np.arange(len(features_ND)) // seeds
     groups = min(GROUPS, len(features_ND) // seeds)
+    if len(features_ND) - len(features_ND) // groups < 2:
+        return Estimate(value, np.nan, np.nan)
     left_out = [gaussian_distance(*gaussian(features_ND[prompt_N % groups != group]), *real) for group in range(groups)]
     error = 1.96 * np.sqrt((groups - 1) * np.var(left_out))
     return Estimate(value, max(0.0, value - error), value + error)
