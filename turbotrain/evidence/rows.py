@@ -133,6 +133,7 @@ def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: C
         reference = bench.reference(pipe)
     measured = measure_trial(pipe, bench.trial, latents_NCTHW, reference)
     metrics = summarise(measured, bench.trial.seeds, real_ND)
+    by_prompt_P = measured.judged.accuracy_B.view(-1, bench.trial.seeds).mean(1)
     result = {
         "cell": cell.name,
         "row": row.name,
@@ -145,6 +146,7 @@ def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: C
         "quantize": row.quantize,
         "train": list(cell.train),
         "metrics": metrics,
+        "accuracy_by_prompt": [round(value, 4) for value in by_prompt_P.tolist()],
         "facts": facts,
         "film": filmstrips(pipe.codec.decode_here(latents_NCTHW[:1])),
         "clips": bench.trial.count,
