@@ -117,7 +117,8 @@ def test_every_figure_is_drawn_from_its_rows() -> None:
 
 def test_claims_hold_fail_or_stay_open() -> None:
     def pair(left: list[float], right: list[float]):
-        return {("a", "x"): {"metrics": {"accuracy": left}}, ("b", "x"): {"metrics": {"accuracy": right}}}
+        found: dict = {("a", "x"): {"metrics": {"accuracy": left}}, ("b", "x"): {"metrics": {"accuracy": right}}}
+        return found
 
     claim = Claim("a within 2 points of b", ("a", "x"), ("b", "x"), margin=0.02)
     for left, word in (
@@ -132,6 +133,14 @@ def test_claims_hold_fail_or_stay_open() -> None:
         assert verdict.difference == pytest.approx(left - 0.92)
         assert verdict.high - verdict.low == pytest.approx(2 * 0.01 * 2**0.5)
     assert judge_claim(claim, pair([0.9, None, None], [0.9, 0.9, 0.9])) is None
+    # Rows that differ alike on every prompt differ for certain, however much prompts differ.
+    rows = pair([0.93, 0.8, 1.0], [0.94, 0.8, 1.0])
+    rows["b", "x"]["accuracy_by_prompt"] = [0.9, 0.96, 0.96] * 20
+    rows["a", "x"]["accuracy_by_prompt"] = [value - 0.01 for value in rows["b", "x"]["accuracy_by_prompt"]]
+    verdict = judge_claim(claim, rows)
+    assert verdict is not None
+    assert verdict.paired
+    assert (verdict.low, verdict.high) == pytest.approx((0.01, 0.01))
     assert judge_claim(claim, {}) is None
 
 

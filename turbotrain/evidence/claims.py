@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from turbotrain.evaluation.metrics import bootstrap_interval
+
 Key = tuple[str, str]  # (cell, row)
 Rows = Mapping[Key, Mapping[str, Any]]
 
@@ -47,8 +51,8 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """difference: by how much the claim holds (negative: fails), with a 95% interval that takes the rows as independent, which is
-    wider than the paired one. word: holds | fails, or `holds, not significantly`, `fails, not significantly`."""
+    """difference: by how much the claim holds (negative: fails), with a 95% interval. paired: prompt by prompt; otherwise the two
+    rows count as independent, which is wider. word: holds | fails, or `holds, not significantly`, `fails, not significantly`."""
 
     claim: Claim
     left: float
@@ -56,6 +60,7 @@ class Verdict:
     difference: float
     low: float
     high: float
+    paired: bool
 
     @property
     def word(self) -> str:
@@ -66,12 +71,17 @@ class Verdict:
 
 def judge_claim(claim: Claim, rows: Rows) -> Verdict | None:
     """None where a row is missing."""
-    found = [rows.get(key, {}).get("metrics", {}).get(claim.metric) for key in (claim.left, claim.right)]
+    pair = [rows.get(key, {}) for key in (claim.left, claim.right)]
+    found = [row.get("metrics", {}).get(claim.metric) for row in pair]
     if any(value is None or any(number is None for number in value) for value in found):
         return None
     (left, left_low, left_high), (right, right_low, right_high) = found  # type: ignore[misc]
     difference = left - claim.factor * right + claim.margin
+    prompts = [row.get(f"{claim.metric}_by_prompt") for row in pair]
+    if prompts[0] and prompts[1] and len(prompts[0]) == len(prompts[1]):
+        differences_P = np.asarray(prompts[0]) - claim.factor * np.asarray(prompts[1]) + claim.margin
+        return Verdict(claim, left, right, difference, *bootstrap_interval(differences_P), True)
     # The ends that matter: a claim is doubted from the left's lower end and the right's upper one.
     below = math.hypot(left - left_low, claim.factor * (right_high - right))
     above = math.hypot(left_high - left, claim.factor * (right - right_low))
-    return Verdict(claim, left, right, difference, difference - below, difference + above)
+    return Verdict(claim, left, right, difference, difference - below, difference + above, False)

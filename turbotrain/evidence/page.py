@@ -147,7 +147,11 @@ def _claims(rows: Rows) -> list[str]:
         by = f"{one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
         lines.append(f"| {one.claim.text} | {against} | {by} | {one.word} |")
     open_ones = len(CLAIMS) - len(verdicts)
-    lines += ["", "Intervals take the two rows as independent, which is wider than the paired one."]
+    lines += [
+        "",
+        "Intervals of accuracy are paired, prompt by prompt; those of coverage and spread take the two rows as independent,",
+        "which is wider.",
+    ]
     if open_ones:
         lines += [f"{open_ones} more claims wait for rows that have not been run."]
     return [*lines, ""]
