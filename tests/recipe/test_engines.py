@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from recipe_world import World, train_here, train_on, weights
-from test_ranks import assert_same_run
+from test_ranks import assert_same_run, assert_weights_agree
 from tiny_world import tiny_arguments
 from torch.multiprocessing import ProcessExitedException
 
@@ -55,6 +55,14 @@ def stopped(engine: str, tiny: World, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_a_sharded_engine_trains_as_one_process_does(sharded: Path, tiny: World, tiny_whole: Path) -> None:
     assert_same_run(sharded, tiny_whole, tiny)
+
+
+def test_products_in_bf16_round_the_same(engine: str, tiny: World, tmp_path: Path) -> None:
+    more = ["stages=[sla]", "sla.steps=1", "launch.mixed_precision=bf16"]
+    assert train_here(*tiny_arguments(tiny, tmp_path / "one", *more)) == 0
+    train_on(2, *tiny_arguments(tiny, tmp_path / "two", *more, f"launch.engine={engine}"))
+    # The first step of Adam moves every weight by about as much, whatever the size of its gradient: signs must agree.
+    assert_weights_agree(tmp_path / "two" / "run" / "sla", tmp_path / "one" / "run" / "sla", tiny.teacher)
 
 
 def test_ddp_sums_over_micro_batches_and_losses(tiny: World, tiny_whole: Path, tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def zero_role(
     sharding: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
     if stage == 3:
         sharding["stage3_param_persistence_threshold"] = 0  # nothing is kept beside the shards, which are what is saved
+        # DeepSpeed's own linear, which it puts in the place of torch's for the whole process, rounds before it adds the bias.
+        sharding["memory_efficient_linear"] = False
     if offload:
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config = {
