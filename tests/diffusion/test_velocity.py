@@ -181,6 +181,15 @@ def test_experts_switch_at_the_boundary() -> None:
         switch_experts(velocity, velocity, 900)
 
 
+def test_both_experts_are_asked_where_others_may_need_the_one_that_is_not() -> None:
+    calls: list[float] = []
+    velocity = switch_experts(_constant(1.0, calls), _constant(-1.0, calls), 0.9, always_both=True)
+    x = torch.zeros(2, 3)
+    assert (velocity(x, torch.tensor([900.0, 1000.0])).v == 1).all()
+    assert (velocity(x, torch.tensor([899.9, 0.0])).v == -1).all()
+    assert calls == [1.0, -1.0, 1.0, -1.0]
+
+
 # -- the DiT ------------------------------------------------------------------------------------------
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import turbotrain.stages.rcm as rcm_stage
 from turbotrain.config import TimeSection
 from turbotrain.diffusion.times import rf_to_trig, shift, trig_to_rf
-from turbotrain.diffusion.velocity import VelocityOutput
+from turbotrain.diffusion.velocity import VelocityOutput, from_function
 from turbotrain.losses import backward_simulation
 from turbotrain.model.variants import VARIANTS
 from turbotrain.stages.context import draw_times
@@ -65,6 +69,26 @@ def test_the_samplers_steps_are_shared_out() -> None:
     assert times_within((0.9, 1.0), [edge]) == [edge]
     assert times_within((0.0, 0.9), [edge]) == []
     assert math.tan(edge) == pytest.approx(9)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_sharded_experts_answer_together(monkeypatch: pytest.MonkeyPatch, sharded: bool) -> None:
+    """A pass of theirs is a collective; other processes' samples may lie on the other side of the boundary."""
+    calls: list[str] = []
+
+    def answer(name: str, x: Tensor) -> Tensor:
+        calls.append(name)
+        return x
+
+    def bound(name: Any, batch: object) -> Any:
+        return from_function(lambda x, timestep: answer(name, x))
+
+    monkeypatch.setattr(rcm_stage, "_bound", bound)
+    task: Any = object.__new__(rcm_stage.RcmTask)
+    task.low, task.boundary = "low", 0.9
+    task.roles = {"student": SimpleNamespace(needs_all_ranks=sharded)}
+    task._both(bound("high", None), None)(torch.zeros(1, 3), torch.tensor([950.0]))
+    assert calls == (["high", "low"] if sharded else ["high"])
 
 
 def test_simulation_starts_where_it_is_told() -> None:

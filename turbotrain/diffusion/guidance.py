@@ -97,6 +97,7 @@ class ExpertSwitch:
     high: Velocity
     low: Velocity
     boundary: float
+    always_both: bool = False
 
     def __call__(
         self,
@@ -115,8 +116,9 @@ class ExpertSwitch:
 
         # A sampler's batch shares one time: one network runs. Training batches may straddle the boundary: both run,
         # and each sample keeps its expert's answer (conditioning is bound per batch and cannot be split here).
-        high = evaluate(self.high, high_selection) if bool(is_high_B.any()) else None
-        low = evaluate(self.low, low_selection) if high is None or not bool(is_high_B.all()) else None
+        high = evaluate(self.high, high_selection) if self.always_both or bool(is_high_B.any()) else None
+        needs_low = self.always_both or high is None or not bool(is_high_B.all())
+        low = evaluate(self.low, low_selection) if needs_low else None
         if high is None or low is None:
             one = low if high is None else high
             assert one is not None
@@ -130,12 +132,16 @@ class ExpertSwitch:
         return VelocityOutput(torch.where(choose, high.v, low.v), tangent, (high.selection, low.selection))
 
 
-def switch_experts(high: Velocity, low: Velocity, boundary: float) -> Velocity:
+def switch_experts(high: Velocity, low: Velocity, boundary: float, always_both: bool = False) -> Velocity:
     """Two-expert models (Wan2.2 A14B): `high` where 1000 s >= 1000 boundary. Each expert carries its own guidance
-    scale."""
+    scale.
+
+    always_both: ask both whatever the times. Sharded networks need it: a pass is a collective, and processes whose samples lie
+    on different sides would gather weights of different networks.
+    """
     if not 0 < boundary < 1:
         raise ValueError(f"boundary must lie between 0 and 1 (RF time), got {boundary}")
-    return ExpertSwitch(high, low, boundary)
+    return ExpertSwitch(high, low, boundary, always_both)
 
 
 def _combine(cond: VelocityOutput, uncond: VelocityOutput, scale: float, selection: Any) -> VelocityOutput:

@@ -166,7 +166,8 @@ class RcmTask:
         """Who answers at the later point of a step: the student, below the boundary the low-noise expert's."""
         if self.low is None or self.boundary is None:
             return student
-        return switch_experts(student, _bound(self.low, batch), self.boundary)
+        together = self.roles["student"].needs_all_ranks
+        return switch_experts(student, _bound(self.low, batch), self.boundary, together)
 
     def _simulate(self, batch: Batch, random: StepRandom, student: Velocity, updates: int) -> Tensor:
         """What the student makes of noise. A low-noise expert never sees noise alone: it begins with clean latents made noisy
