@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_world import World, arguments, train_here, weights
+from recipe_world import World, arguments, train_here, train_on, weights
 
 from turbotrain.checkpoint import load_transformer, read_meta
 
@@ -25,8 +25,15 @@ def test_a_run_starts_from_another_ones_sla(world: World, tmp_path: Path, capsys
     assert "model.sla" in capsys.readouterr().err
 
 
-def test_without_its_linear_branch_sla_trains_sparse_attention_alone(world: World, tmp_path: Path) -> None:
-    assert train_here(*arguments(world, tmp_path, "stages=[sla]", "sla.steps=3", "sla.linear_branch=false")) == 0
+@pytest.mark.parametrize("processes", [1, 2])
+def test_without_its_linear_branch_sla_trains_sparse_attention_alone(
+    world: World, tmp_path: Path, processes: int
+) -> None:
+    alone = arguments(world, tmp_path, "stages=[sla]", "sla.steps=3", "sla.linear_branch=false")
+    if processes == 1:
+        assert train_here(*alone) == 0
+    else:
+        train_on(processes, *alone, "launch.engine=fsdp2")
     trained, before = weights(tmp_path / "run" / "sla"), load_transformer(world.teacher).state_dict()
     projections = [name for name in trained if ".proj_l." in name]
     assert len(projections) == 8

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from turbotrain.data.latents import Batch
 from turbotrain.diffusion.velocity import bind
@@ -30,10 +32,10 @@ class SlaTask:
         self.within = context.time_range
         self.source = BatchSource(context, context.dataset(), section.batch_size)
         self.network = trainable(context, "teacher", attention_config(context.config))
-        if not section.linear_branch:
-            _hold_at_zero(self.network)
         self.teacher = context.teacher()
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
+        if not section.linear_branch:
+            _hold_at_zero(self.network)
         passes = {self.network.attention_config: 3.0}
         if section.objective == "white_box":
             passes[AttentionConfig()] = 1.0
@@ -65,11 +67,19 @@ class SlaTask:
 
 
 def _hold_at_zero(network: WanTransformer) -> None:
-    """The linear branch contributes nothing and learns nothing; the optimiser still sees its projections, as zeros."""
+    """The linear branch contributes nothing and learns nothing; the optimiser still sees its projections, as zeros. Of a
+    network that a role has wrapped: FSDP2 computes with other tensors than those it keeps, which get the reduced gradient."""
     for block in network.blocks:
         for parameter in block.get_submodule("self_attn.attn_op.local_attn").parameters():
-            if parameter.requires_grad:
+            if isinstance(parameter, DTensor):
+                parameter.register_post_accumulate_grad_hook(_forget)
+            elif parameter.requires_grad:
                 parameter.register_hook(torch.zeros_like)
+
+
+def _forget(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad.zero_()
 
 
 def run(context: StageContext) -> dict[str, object]:
