@@ -49,6 +49,8 @@ def make_fingerprint(config: Config, sections: Sequence[str], inputs: Mapping[st
     settings: dict[str, Any] = {"seed": config.seed, "model.variant": config.model.variant}
     # Only where they are used: runs without them are as they were.
     used = {"model.expert": config.model.expert, "data.first_frame": config.data.first_frame}
+    if {"sla", "rcm"} & set(sections):
+        used["model.teacher_scheme"] = config.model.teacher_scheme
     settings.update({name: value for name, value in used.items() if value})
     for section in sections:
         if section == "lora" and not config.lora.rank:

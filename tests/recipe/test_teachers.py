@@ -15,6 +15,8 @@ from turbotrain.compose import UsageError
 from turbotrain.config import load_config
 from turbotrain.model.quant_linear import QuantLinear
 from turbotrain.model.wan import WanTransformer
+from turbotrain.recipe import SPECS
+from turbotrain.records import make_fingerprint
 from turbotrain.stages import context
 
 
@@ -61,6 +63,16 @@ def test_a_teacher_in_8_bits_answers_nearly_the_same(
     for line, other in zip(lines, floats, strict=True):
         assert line["loss"] != other["loss"]
         assert line["loss"] == pytest.approx(other["loss"], rel=0.3)
+
+
+def test_another_scheme_is_another_stage(tiny: World, tmp_path: Path) -> None:
+    given = tiny_arguments(tiny, tmp_path)
+    for stage, is_taught in (("sla", True), ("rcm", True), ("teacher", False)):
+        of_floats, of_8_bits = (
+            make_fingerprint(load_config([*given, f"model.teacher_scheme={scheme}"]), SPECS[stage].sections, {})
+            for scheme in ("", "int8_channel")
+        )
+        assert (of_floats != of_8_bits) == is_taught, stage
 
 
 def test_an_sla_teacher_needs_the_stage(tiny: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
