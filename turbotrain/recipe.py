@@ -84,6 +84,7 @@ def run_recipe(config: Config) -> None:
             _warn_of_stale_inputs(config, selected)
         for stage in selected:
             _run_stage(config, stage, accelerator, engine)
+            accelerator.free_memory()  # it remembers the networks that it wrapped; the next stage needs their room
         if accelerator.is_main_process and status(root / "evaluate") == "done":
             from turbotrain.evaluation.report import write_report
 

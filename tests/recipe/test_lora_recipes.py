@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.lora import add_lora, over_same_weights
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
+from turbotrain.stages import context
+from turbotrain.training.roles import Role
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK = 4
@@ -90,6 +94,27 @@ def test_rcm_goes_on_with_the_adapter_of_sla_over_the_teachers_weights(
         scale = 8 / RANK if name.endswith("lora_B") else 1.0
         saved = change[f"{name}.weight" if name.endswith(("lora_A", "lora_B")) else name]
         assert torch.equal(scale * tensor, saved), name
+
+
+@pytest.mark.parametrize("lora", [(), LORA])
+def test_no_stage_keeps_the_networks_of_the_one_before(
+    tiny: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: tuple[str, ...]
+) -> None:
+    made: list[weakref.ref[WanTransformer]] = []
+    make, left = context.make_role, []
+
+    def noting(*given: Any) -> Role:
+        made.append(weakref.ref(next(one for one in given if isinstance(one, WanTransformer))))
+        return make(*given)
+
+    def in_place_of_rcm(_: object) -> dict[str, object]:
+        left.extend(network() is not None for network in made)
+        return {}
+
+    monkeypatch.setattr(context, "make_role", noting)
+    monkeypatch.setattr(rcm_stage, "run", in_place_of_rcm)
+    assert train_here(*tiny_arguments(tiny, tmp_path, *lora)) == 0
+    assert left == [False]
 
 
 @pytest.mark.slow
