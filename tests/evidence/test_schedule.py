@@ -37,6 +37,14 @@ def test_tasks_run_in_order_after_what_they_need_and_failures_take_only_dependan
     assert outcome.left == ["orphan"]
 
 
+def test_a_child_that_cannot_begin_keeps_nobody_waiting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = Task("absent", [str(tmp_path / "no-such-program")], [], tmp_path / "logs" / "absent.log")
+    tasks = [absent, _task(tmp_path, "orphan", "", "absent"), _task(tmp_path, "free", "")]
+    outcome = run_tasks(tasks, [""], 1, 20 / 60, lambda line: None)
+    assert (outcome.done, list(outcome.failed), outcome.left) == (["free"], ["absent"], ["orphan"])
+    assert "no-such-program" in capsys.readouterr().err
+
+
 def test_several_run_at_once_and_each_sees_its_gpu(tmp_path: Path) -> None:
     meet = (
         "import os, time, pathlib; me = os.environ['CUDA_VISIBLE_DEVICES'];"

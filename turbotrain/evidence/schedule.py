@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -142,9 +143,22 @@ class Queue:
                 states[task.name] = "skipped"
 
     def run(self, task: Task, environment: dict[str, str]) -> None:
-        """Runs the child to its end, or to the deadline."""
-        task.log.parent.mkdir(parents=True, exist_ok=True)
+        """Runs the child to its end, or to the deadline. Where none can begin the task has failed: others may wait for it."""
         began = time.monotonic()
+        code = None
+        try:
+            code = self._child(task, environment)
+        except OSError as error:
+            print(f"{task.name}: {error}", file=sys.stderr, flush=True)
+        with self._changed:
+            task.seconds = time.monotonic() - began
+            late = time.monotonic() >= self.deadline
+            task.state = "done" if code == 0 else "waiting" if late else "failed"
+            self._changed.notify_all()
+
+    def _child(self, task: Task, environment: dict[str, str]) -> int | None:
+        """What the child ended with."""
+        task.log.parent.mkdir(parents=True, exist_ok=True)
         with task.log.open("ab") as log:
             child = subprocess.Popen(
                 task.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
@@ -157,10 +171,7 @@ class Queue:
                 _end(child)
         with self._changed:
             self._children.discard(child)
-            task.seconds = time.monotonic() - began
-            late = time.monotonic() >= self.deadline
-            task.state = "done" if child.returncode == 0 else "waiting" if late else "failed"
-            self._changed.notify_all()
+        return child.returncode
 
     def stop(self) -> None:
         """No further task begins; running children are ended."""
