@@ -12,6 +12,7 @@ from turbotrain.evaluation import metrics
 from turbotrain.evaluation.frechet import FEATURES, clip_features, frechet_distance
 from turbotrain.evaluation.quality import (
     Measured,
+    _jackknifed,
     _ratio,
     clip_psnr,
     clip_ssim,
@@ -105,3 +106,10 @@ def test_intervals_respect_that_seeds_of_a_prompt_are_alike() -> None:
     assert clustered.value == naive.value
     # Four copies tell no more than one: the honest interval is twice as wide.
     assert clustered.high - clustered.low == pytest.approx(2 * (naive.high - naive.low), rel=0.15)
+
+
+def test_the_jackknifes_error_of_a_share_is_the_textbooks() -> None:
+    counts_PC = np.eye(2)[np.repeat([0, 1], [30, 70])]
+    found = _jackknifed(counts_PC, lambda counts_C: counts_C[0] / counts_C.sum(), (0.0, 1.0))
+    error = 1.96 * np.sqrt(0.3 * 0.7 / 99)
+    assert found.to_list() == pytest.approx([0.3, 0.3 - error, 0.3 + error], abs=1e-6)
