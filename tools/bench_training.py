@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from turbotrain.compose import UsageError
 from turbotrain.conditioning import MASK_CHANNELS
-from turbotrain.config import Config, load_config
+from turbotrain.config import NO_SHARDED_LORA, Config, load_config
 from turbotrain.data.writing import Sample, write_shards
 from turbotrain.evaluation.benchmark import environment, peak_rss_bytes
 from turbotrain.evaluation.random_weights import CLIP_TOKENS, random_network
@@ -164,6 +164,8 @@ def build(kind: str, config: Config, folder: Path, accelerator: Accelerator, eng
     inputs = {"data": folder, "teacher": Path("random")}
     if config.rcm.composition == "sequential" and not config.lora.rank:  # adapters go on over the teacher's weights
         inputs["sla"] = Path("random")
+    if config.lora.rank and engine != "ddp":
+        raise ValueError(f"launch.engine={engine}: {NO_SHARDED_LORA}")
     context = RandomContext(stage, config, folder, inputs, accelerator, engine)
     return SlaTask(context) if stage == "sla" else RcmTask(context), context
 

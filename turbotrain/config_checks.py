@@ -30,6 +30,7 @@ from turbotrain.model.variants import VARIANTS
 
 SCHEMES = ("int8_channel", "int8_block128", "fp8_channel")
 ENGINES = ("auto", "ddp", "fsdp2", "zero2", "zero3")
+OF_BOTH_ROLES = ("loss", "grad_norm")  # metrics that every trained network has
 BEST_METRICS = ("loss", "grad_norm", "scm", "dcm", "tangent_norm", "boundary", "dmd", "score_gap", "critic")
 
 
@@ -94,6 +95,14 @@ def _check_launch(config: Config) -> None:
     if launch.context_parallel > 1 and config.teacher.cuda_graph:
         reject("teacher.cuda_graph", True, "a graph is of one process: set launch.context_parallel=1")
     _choice("launch.keep_best", launch.keep_best, ("", *BEST_METRICS))
+    if launch.keep_best in OF_BOTH_ROLES and "rcm" in config.stages:
+        reject(
+            "launch.keep_best",
+            launch.keep_best,
+            "in rcm this is the student's in some steps and the critic's in others: use scm, dcm, dmd, score_gap or critic",
+        )
+    if launch.compile and config.teacher.cuda_graph and "teacher" in config.stages:
+        reject("teacher.cuda_graph", True, "a graph records passes as they are: set launch.compile=false")
     _at_least("launch.walltime_minutes", launch.walltime_minutes, 0)
     steps = config.logging.profile_steps
     if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):

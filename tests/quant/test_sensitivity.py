@@ -53,8 +53,11 @@ def test_a_target_is_met_and_the_layers_in_float_say_why() -> None:
     errors = layer_sensitivity(model, calls)
     target = 0.5 * predicted_error(errors)
     whole, mixed = (copy.deepcopy(model) for _ in range(2))
-    plain = quantize_transformer(whole, calls, calls, alphas=())
-    report = quantize_transformer(mixed, calls, calls, alphas=(), target_error=target)
+    held_out = forward_calls(2, seed=1)
+    plain = quantize_transformer(whole, calls, held_out, alphas=())
+    report = quantize_transformer(
+        mixed, calls, held_out, alphas=(), target_error=target
+    )  # chosen by the calls, judged by others
     assert report.sensitivity == pytest.approx(errors)
     kept = report.metadata()["kept_float"]
     assert set(kept) == set(float_layers(errors, target))
@@ -65,4 +68,4 @@ def test_a_target_is_met_and_the_layers_in_float_say_why() -> None:
     assert all(isinstance(mixed.get_submodule(name), torch.nn.Linear) for name in kept)
     assert plain.sensitivity == {}
     with pytest.raises(ValueError, match="calls is empty"):
-        quantize_transformer(copy.deepcopy(model), calls, target_error=target)
+        quantize_transformer(copy.deepcopy(model), [], target_error=target)

@@ -115,3 +115,5 @@ def test_the_best_becomes_a_checkpoint_beside_the_last(tmp_path: Path) -> None:
 def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(UsageError, match=r"launch.keep_best='lss': choose one of , loss, grad_norm"):
         load_config(["recipe=shapes", "launch.keep_best=lss"])
+    with pytest.raises(UsageError, match=r"launch.keep_best='loss': in rcm this is the student's .* score_gap"):
+        load_config(["recipe=shapes", "launch.keep_best=loss"])

@@ -75,7 +75,7 @@ def measure_trial(
 ) -> Measured:
     """Judge every clip; with `reference_frames` of another network from the same noise also PSNR and SSIM to those.
 
-    Of a long clip about `JUDGED_FRAMES` frames are read, evenly spaced from the first to the last.
+    Of a long clip about `JUDGED_FRAMES` frames are read, evenly spaced from the first on.
     """
     every = max(1, trial.frames // JUDGED_FRAMES)
     judged, features, psnrs, ssims = [], [], [], []

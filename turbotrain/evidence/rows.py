@@ -5,6 +5,7 @@ Shapes: N clips, C latent channels, T latent frames, H, W latent height and widt
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -200,7 +201,7 @@ def _merged(folders: Folders, rcm: Cell, sla: Cell) -> WanTransformer:
 
 
 def _mass(bench: Bench, network: WanTransformer) -> Masses:
-    """Of the network's own blocks, over its sampler's passes; dense networks are asked for the recipe's blocks."""
+    """Of the network's own blocks, over the passes of the 4-step Turbo sampler; dense ones are asked for the recipe's blocks."""
     own, section = network.attention_config, bench.config.attention
     blocks = (own.block_q, own.block_k) if own.is_sparse else (section.block_q, section.block_k)
     return attention_mass(network, list(calibration_calls(bench, MASS_CLIPS)), TOPKS, *blocks)
@@ -256,7 +257,8 @@ def calibration_calls(bench: Bench, count: int) -> Iterator[Callable[[nn.Module]
         with torch.no_grad():
             velocity = bind(model, context_BLD[index : index + 1])
             noise_BCTHW = draw_noise((1, *shape), generators)
-            return sample_turbo(velocity, noise_BCTHW, 4, sampler.sigma_max, sampler.ode, generators)
+            times = [math.atan(sampler.sigma_max), *sampler.times]
+            return sample_turbo(velocity, noise_BCTHW, 4, sampler.sigma_max, sampler.ode, generators, times=times)
 
     for index in range(count):
         yield partial(call, index=index)

@@ -17,6 +17,8 @@ from turbotrain.quant.observe import ForwardCall, observe
 from turbotrain.quant.sensitivity import float_layers, latent_error, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import fold, model_sites
 
+PROBES = 8  # calibration calls that tell how much each linear bears; the held-out ones then judge a choice that never saw them
+
 
 @dataclass(frozen=True)
 class QuantizationReport:
@@ -104,14 +106,14 @@ def quantize_transformer(
     calls on other prompts that return the latent; run before and after, they give the end-to-end error. alphas:
     SmoothQuant exponents to try, () for none. min_sqnr_db: a linear whose output stays below it is kept in float.
     target_error: relative error of the latents that is wanted; as many linears stay in float as the errors of the others
-    foretell (see `sensitivity`); 0: none for this reason. It takes a pass of the held-out calls for every linear.
-    max_rows: inputs sampled per linear.
-    Errors: ValueError from calibration (see `observe`, `choose`), a target without held-out calls. The model is unchanged if
-    one is raised.
+    foretell (see `sensitivity`); 0: none for this reason. It takes a pass of the last PROBES of `calls`, which must return the
+    latent then, for every linear. max_rows: inputs sampled per linear.
+    Errors: ValueError from calibration (see `observe`, `choose`, `layer_sensitivity`). The model is unchanged if one is raised.
     Source: method.md section 7; SmoothQuant, arXiv 2211.10438.
     """
+    calls = list(calls)
     references = [call(model) for call in held_out]
-    errors = layer_sensitivity(model, held_out, scheme) if target_error else {}
+    errors = layer_sensitivity(model, calls[-PROBES:], scheme) if target_error else {}
     reason = f"of those that cause most of a latent error of {predicted_error(errors):.4f}, wanted {target_error:g}"
     keep = dict.fromkeys(float_layers(errors, target_error), reason)
     plan = choose(model, observe(model, calls, max_rows, seed), scheme, alphas, min_sqnr_db, keep)
