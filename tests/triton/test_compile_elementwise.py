@@ -44,7 +44,10 @@ def test_quantisation(arch: int) -> None:
     builds = [quantize_build(*rows, "*i8", gelu) for rows, gelu in zip(ROWS, (False, True, False, True))]
     types = {"p_x": "*bf16", "p_q": "*i8", "p_scale": "*fp32", "length": "i32", "width": "i32"}
     types |= {"stride_xb": "i32", "stride_xl": "i32"}
-    builds.append(Build("turbokernels.quantize.kernel:_tiles_kernel", types, {"BLOCK": 128}, 8, 1, ("width",)))
+    for gelu, smooth in ((False, {}), (True, {"p_smooth": "*fp32"})):
+        constants = {"BLOCK": 128, "GELU": gelu} | ({} if smooth else {"p_smooth": None})
+        tiles = "turbokernels.quantize.kernel:_tiles_kernel"
+        builds.append(Build(tiles, types | smooth, constants, 8, 1, ("width",)))
     check(builds, arch)
 
 
