@@ -65,7 +65,7 @@ class CudaRecorder:
         except RuntimeError:
             # A capture that fails leaves CUDA's random generator in capture: the end of one that succeeds takes it out.
             with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-                torch.zeros(1, device="cuda")
+                torch.zeros(1, device="cuda")  # the current GPU, on which the capture was
             raise
         self._graphs.add(graph)
         return Recording(result, graph.replay)

@@ -87,22 +87,9 @@ class Block(nn.Module):
         """
         if not torch.is_grad_enabled():
             return self._compute(x, time, text, clip, rope_2LP, selection, share)
-        with element_wise_compiled(self.compiled):
-            return self._train(x, time, text, clip, rope_2LP, selection, share)
-
-    def _train(
-        self,
-        x: Dual,
-        time: Dual,
-        text: Source,
-        clip: Source | None,
-        rope_2LP: Tensor,
-        selection: BlockMask | None,
-        share: TokenShare | None,
-    ) -> tuple[Dual, BlockMask | None]:
-        """`_compute`, keeping only its inputs for the backward pass where the block is checkpointed."""
         if not self.checkpointed:
-            return self._compute(x, time, text, clip, rope_2LP, selection, share)
+            with element_wise_compiled(self.compiled):
+                return self._compute(x, time, text, clip, rope_2LP, selection, share)
 
         tangents = x.t, time.t
 
