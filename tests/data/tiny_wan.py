@@ -90,3 +90,17 @@ def write_picture(path: Path, width: int = 60, height: int = 40, seed: int = 0) 
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
     return path
+
+
+def run_arguments(recipe: str, model: Path, shards: Path, output: Path) -> list[str]:
+    """What makes a Wan recipe run on a network of `write_model` and shards drawn from it."""
+    return [
+        f"recipe={recipe}",
+        f"output_dir={output}",
+        f"model.teacher={model}",
+        f"data.path={shards}",
+        f"data.width={WIDTH}",
+        f"data.height={HEIGHT}",
+        f"data.frames={FRAMES}",
+        "launch.device=cpu",
+    ]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from recipe_world import ROOT, train_here
-from tiny_wan import FRAMES, HEIGHT, KINDS, WIDTH, use_tiny, write_model, write_picture
+from tiny_wan import KINDS, run_arguments, use_tiny, write_model, write_picture
 
 import turbotrain.stages.quantize as quantize_stage
 from turbotrain.checkpoint import load_transformer, read_meta
@@ -50,18 +50,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def arguments(made: tuple[Path, Path], output: Path, *more: str) -> list[str]:
-    model, shards = made
     return [
-        "recipe=wan2.2_i2v_a14b",
+        *run_arguments("wan2.2_i2v_a14b", *made, output),
         "stages=[quantize]",
         "model.expert=both",
-        f"output_dir={output}",
-        f"model.teacher={model}",
-        f"data.path={shards}",
-        f"data.width={WIDTH}",
-        f"data.height={HEIGHT}",
-        f"data.frames={FRAMES}",
-        "launch.device=cpu",
         "launch.mixed_precision=no",
         "quantize.prompts=2",
         "quantize.held_out_prompts=1",

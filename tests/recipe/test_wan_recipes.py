@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from recipe_world import ROOT, read_metrics, read_status, train_here, weights
-from tiny_wan import FRAMES, HEIGHT, KINDS, WIDTH, use_tiny, write_model, write_picture
+from tiny_wan import KINDS, run_arguments, use_tiny, write_model, write_picture
 
 from turbotrain.checkpoint import read_meta
 from turbotrain.compose import UsageError, recipe_names
@@ -69,14 +69,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 
 def arguments(recipe: str, model: Path, shards: Path, output: Path, *more: str) -> list[str]:
     return [
-        f"recipe={recipe}",
-        f"output_dir={output}",
-        f"model.teacher={model}",
-        f"data.path={shards}",
-        f"data.width={WIDTH}",
-        f"data.height={HEIGHT}",
-        f"data.frames={FRAMES}",
-        "launch.device=cpu",
+        *run_arguments(recipe, model, shards, output),
         "attention.block_q=16",
         "attention.block_k=16",
         "sla.steps=2",
