@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turbotrain.checkpoint import CheckpointMeta, CheckpointProblem, load_transformer, read_meta
 from turbotrain.checkpoint.convert import convert
+from turbotrain.checkpoint.layouts import PUBLISHED_SLA
 from turbotrain.checkpoint.lora import LORA_FILE, read_lora, save_lora
 from turbotrain.model.attention_config import AttentionConfig
 
@@ -132,6 +133,11 @@ def test_an_sla_adapter_brings_its_projections_and_its_attention(
     assert torch.equal(model.get_parameter(f"{P}.weight"), torch.full((128, 128), 0.25))
     assert tool.main([*given[:-1], str(tmp_path / "official"), "--to", "official"]) == 1
     assert "cannot hold all of it" in capsys.readouterr().err
+
+    tensors = load_file(lora)
+    save_file(tensors, lora)  # a file that does not say which attention: read as every file with P and without metadata
+    assert tool.main([*given[:-1], str(tmp_path / "unsaid")]) == 0
+    assert load_transformer(tmp_path / "unsaid").attention_config == PUBLISHED_SLA
 
 
 def test_what_is_no_adapter_of_this_network_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

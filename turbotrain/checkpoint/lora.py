@@ -149,6 +149,9 @@ def with_lora(
     if said is not None:
         sampler = said.sampler or meta.sampler
         meta = dataclasses.replace(meta, attention=said.attention, sampler=sampler, lineage=[*said.lineage])
+    elif any(P_OF_SLA in name for name in change) and not any(P_OF_SLA in name for name in network.native):
+        # The base has no SLA yet, and the file does not say which: as every file with P and without metadata is read.
+        meta = dataclasses.replace(meta, attention=layouts.infer_attention(change).to_dict())
     return dataclasses.replace(network, native=entries, meta=meta)
 
 
