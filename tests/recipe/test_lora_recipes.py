@@ -187,6 +187,20 @@ def test_an_adapter_of_another_rank_is_refused(
     assert "it is of another rank or another network" in capsys.readouterr().err
 
 
+def test_an_adapter_of_another_teacher_is_refused(
+    tiny: World, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(tiny.teacher, tmp_path / "other")
+    with open(other / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    sla = f"model.sla={run / 'sla' / 'checkpoint'}"
+    assert train_here(*arguments(tiny, tmp_path, "stages=[rcm]", f"model.teacher={other}", sla)) == 1
+    assert "was trained over another teacher than" in capsys.readouterr().err
+
+
 def test_diffusers_reads_the_adapter_of_a_dense_student(tiny: World, tmp_path: Path) -> None:
     """`stages=[rcm]` with composition merge trains a dense network: what diffusers has a place for."""
     overrides = ["stages=[rcm,sla,merge]", "rcm.composition=merge", "rcm.phases=[{cm: scm, dmd: false, steps: 1}]"]

@@ -7,6 +7,7 @@ from turbotrain.checkpoint.lora import LORA_FILE, read_lora
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.lora import add_lora, load_change, over_same_weights
 from turbotrain.model.wan import WanTransformer
+from turbotrain.records import hash_path
 from turbotrain.stages.context import StageContext
 from turbotrain.training.seeding import derive_seed
 
@@ -29,7 +30,7 @@ def after_sla(context: StageContext) -> WanTransformer:
     that was trained whole becomes the frozen part of the student alone.
 
     Raises:
-        ValueError: an adapter of another rank or of other layers.
+        ValueError: an adapter of another rank, of other layers, or trained over another teacher.
     """
     folder = context.inputs["sla"]
     adapter = folder.parent / "lora" / LORA_FILE
@@ -37,5 +38,11 @@ def after_sla(context: StageContext) -> WanTransformer:
         return context.load("sla")
     if not adapter.is_file():
         return trainable(context, "sla")
-    student = trainable(context, "teacher", AttentionConfig.from_dict(read_meta(folder).attention))
+    meta = read_meta(folder)
+    if meta.lineage[-1]["inputs"]["teacher"] != hash_path(context.inputs["teacher"]):
+        raise ValueError(
+            f"{adapter} was trained over another teacher than {context.inputs['teacher']}: name that one as model.teacher, or "
+            "run the sla stage again"
+        )
+    student = trainable(context, "teacher", AttentionConfig.from_dict(meta.attention))
     return load_change(student, read_lora(adapter)[0], str(adapter))
