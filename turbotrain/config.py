@@ -131,6 +131,8 @@ class SlaSection(LoopSection):
     times: TimeSection = field(default_factory=lambda: TimeSection(mean=1.5, std=1.6))
     caption_dropout: float = 0.0
     linear_branch: bool = True  # false: sparse attention alone, for comparison; the branch's projection stays at zero
+    # Mean top-k that is shared out over the layers by the attention mass which the teacher's keep; 0: attention.topk in all.
+    layer_budget: float = 0.0
 
 
 @dataclass

@@ -26,6 +26,7 @@ from turbotrain.config import (
     TeacherSection,
     TimeSection,
 )
+from turbotrain.model.attention_config import LAYER_TOPKS
 from turbotrain.model.variants import VARIANTS
 
 SCHEMES = ("int8_channel", "int8_block128", "fp8_channel")
@@ -51,6 +52,7 @@ def validate(config: Config) -> None:
         reject("teacher.cuda_graph", True, "a graph holds its activations: set launch.activation_checkpointing=false")
     _choice("model.teacher_scheme", config.model.teacher_scheme, ("", *SCHEMES))
     _choice("sla.objective", config.sla.objective, ("white_box", "black_box"))
+    _check_layer_budget(config)
     _check_rcm(config.rcm)
     _check_lora(config)
     _check_sampler(config.sampler)
@@ -159,6 +161,20 @@ def _check_attention(attention: AttentionSection) -> None:
         _choice(f"attention.{name}", getattr(attention, name), (16, 32, 64, 128))
     _choice("attention.order", attention.order, ("raster", "cube"))
     _choice("attention.feature_map", attention.feature_map, ("softmax", "elu", "relu"))
+
+
+def _check_layer_budget(config: Config) -> None:
+    budget = config.sla.layer_budget
+    if budget == 0:
+        return
+    if not LAYER_TOPKS[0] <= budget <= 1:
+        reject(
+            "sla.layer_budget",
+            budget,
+            f"a mean top-k from {LAYER_TOPKS[0]} to 1, or 0 for attention.topk in every layer",
+        )
+    if "sla" in config.stages and config.attention.kind == "dense":
+        reject("sla.layer_budget", budget, "dense attention has no top-k: attention.kind=sla, or 0")
 
 
 def _check_data(config: Config) -> None:

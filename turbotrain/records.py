@@ -56,6 +56,8 @@ def make_fingerprint(config: Config, sections: Sequence[str], inputs: Mapping[st
         if section == "lora" and not config.lora.rank:
             continue
         settings.update(flatten(getattr(config, section), section))
+    if not config.sla.layer_budget:
+        settings.pop("sla.layer_budget", None)
     for role, path in inputs.items():
         settings[f"input/{role}"] = hash_path(path) if path.exists() else "missing"
     return settings

@@ -161,6 +161,12 @@ LOSSES = {
         None,
         "topk=0.2, block_q=64, order=cube would be read as published",
     ),
+    "top-k by layer": (
+        lambda: network(attention=AttentionConfig("sla", block_q=128, block_k=64, layer_topk=(0.05, 0.15))),
+        "turbodiffusion",
+        None,
+        "layer_topk=[0.05, 0.15] would be read as published",
+    ),
 }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,4 +174,23 @@ def test_a_third_network_leaves_it_open_which_two_are_meant(tmp_path: Path) -> N
     for name in ("a_high.safetensors", "a_low.safetensors", "b.safetensors"):
         save_file({"x": torch.zeros(1)}, tmp_path / name)
     with pytest.raises(CheckpointProblem, match="several weights files"):
+        identify(tmp_path)
+
+
+def test_experts_may_differ_in_topk_by_layer_only(tmp_path: Path) -> None:
+    def expert(name: str, **fields: Any) -> None:
+        save(tmp_path / name, network(attention=AttentionConfig("sla", **fields)))
+
+    expert("high", layer_topk=(0.05, 0.15))
+    expert("low", layer_topk=(0.2, 0.05))
+    found = identify(tmp_path)
+    assert [part.attention.layer_topk for part in found.networks.values()] == [(0.05, 0.15), (0.2, 0.05)]
+    assert "top-k 0.1 on average, 0.05 to 0.15 by layer" in report(found)
+    shutil.rmtree(tmp_path / "low")
+    expert("low", layer_topk=(0.2, 0.05), order="cube")
+    with pytest.raises(CheckpointProblem, match="attention differs"):
+        identify(tmp_path)
+    shutil.rmtree(tmp_path / "low")
+    expert("low", topk=0.1)
+    with pytest.raises(CheckpointProblem, match="attention differs"):
         identify(tmp_path)

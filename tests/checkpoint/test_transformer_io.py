@@ -13,7 +13,14 @@ from conversions import CONFIG, network
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from turbotrain.checkpoint import CheckpointMeta, load_transformer, read_checkpoint, read_meta, save_checkpoint
+from turbotrain.checkpoint import (
+    CheckpointMeta,
+    CheckpointProblem,
+    load_transformer,
+    read_checkpoint,
+    read_meta,
+    save_checkpoint,
+)
 from turbotrain.checkpoint.layouts import PUBLISHED_SLA, native_names, strip_wrappers, to_layout
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.quant_linear import QuantLinear, dequantize_model
@@ -175,6 +182,27 @@ def test_attention_overrides(tmp_path: Path) -> None:
     assert not sparse.state_dict()["blocks.1.self_attn.attn_op.local_attn.proj_l.weight"].any()
     with pytest.raises(ValueError, match=r"attention\.topk=0"):
         load_transformer(tmp_path / "dense", attention={"topk": 0})
+
+
+def test_topk_by_layer_travels_with_the_file(tmp_path: Path) -> None:
+    layered = dataclasses.replace(SLA, layer_topk=(0.5, 1.0))
+    model = network(attention=layered)
+    save_checkpoint(tmp_path / "out", model.state_dict(), describe(model))
+    again = load_transformer(tmp_path / "out")
+    assert again.attention_config == layered
+    assert torch.equal(run(again), run(model))
+    operators: list[Any] = [block.get_submodule("self_attn.attn_op") for block in again.blocks]
+    assert [operator.config.topk for operator in operators] == [0.5, 1.0]
+    in_8_bits = load_transformer(tmp_path / "out", attention={"kind": "sage_sla"})
+    assert in_8_bits.attention_config == dataclasses.replace(layered, kind="sage_sla")
+    assert load_transformer(tmp_path / "out", attention={"topk": 0.2}).attention_config.layer_topk == ()
+    assert load_transformer(tmp_path / "out", attention={"kind": "dense"}).attention_config.layer_topk == ()
+    assert "layer_topk" not in SLA.to_dict(), "other files stay as they were"
+    meta = describe(model)
+    meta.attention["layer_topk"] = [0.5, 0.5, 0.5]
+    save_checkpoint(tmp_path / "other", model.state_dict(), meta)
+    with pytest.raises(CheckpointProblem, match=r"other.*3 values for 2 layers"):
+        load_transformer(tmp_path / "other")
 
 
 @pytest.mark.parametrize("scheme", ["int8_channel", "int8_block128", "fp8_channel"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import turbokernels as tk
 
-from turbotrain.evaluation.attention_mass import _held, attention_mass, set_layer_topks, share_out
+from turbotrain.evaluation.attention_mass import _held, attention_mass, share_out
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import WanConfig
 from turbotrain.model.wan import WanTransformer
@@ -31,7 +31,7 @@ def _call(network: torch.nn.Module) -> torch.Tensor:
     return network(x, torch.tensor([500.0]), text)
 
 
-def test_mass_is_that_of_the_kept_blocks() -> None:
+def test_mass_is_that_of_the_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 90, 3, 8), torch.randn(2, 90, 3, 8)  # the last blocks are ragged
     held_NT = _held(q, k, [0.3, 1.0], 16, 32)
@@ -45,6 +45,8 @@ def test_mass_is_that_of_the_kept_blocks() -> None:
                 total += sum(float(weights_BNLL[sample, head, row, 32 * b : 32 * b + 32].sum()) for b in blocks)
         assert float(held_NT[head, 0]) == pytest.approx(total / 180, rel=1e-5)
     assert held_NT[:, 1].tolist() == pytest.approx([1.0] * 3)
+    monkeypatch.setattr("turbotrain.evaluation.attention_mass.SCORES_AT_ONCE", 2 * 3 * 90 * 20)  # parts of 20 queries
+    torch.testing.assert_close(_held(q, k, [0.3, 1.0], 16, 32), held_NT)
 
 
 def test_every_layer_and_head_is_measured_and_the_kind_does_not_matter() -> None:
@@ -80,18 +82,3 @@ def test_a_budget_goes_where_it_keeps_most() -> None:
         share_out([steep], topks, 0.05)
     with pytest.raises(ValueError, match="must rise"):
         share_out([steep], (0.2, 0.1), 0.3)
-
-
-def test_layers_take_their_own_topk() -> None:
-    network = _network(AttentionConfig("sla", topk=0.2, block_q=16, block_k=16))
-    with torch.no_grad():
-        before = _call(network)
-        set_layer_topks(network, [0.2, 0.2, 0.2])
-        assert torch.equal(_call(network), before)
-        set_layer_topks(network, [0.2, 0.9, 0.2])
-        assert not torch.equal(_call(network), before)
-    assert [block.get_submodule("self_attn.attn_op").config.topk for block in network.blocks] == [0.2, 0.9, 0.2]
-    with pytest.raises(ValueError, match="2 values for 3 layers"):
-        set_layer_topks(network, [0.1, 0.2])
-    with pytest.raises(ValueError, match="dense"):
-        set_layer_topks(_network(), [0.1] * 3)

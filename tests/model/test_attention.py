@@ -106,3 +106,46 @@ def test_sage_is_for_inference_only() -> None:
         v = model(**given)
         error = relative(v, model.set_attention(sla())(**given))
     assert 0 < error < 0.1
+
+
+@torch.no_grad()
+def test_layers_take_their_own_topk() -> None:
+    model = build(attention=sla(0.3))
+    layers = len(model.blocks)
+    given = inputs(model.config, grid=GRID)
+    before = model(**given)
+    assert torch.equal(model.set_attention(sla_by_layer([0.3] * layers))(**given), before)
+    topks = [1.0, *[0.3] * (layers - 1)]
+    by_layer = model.set_attention(sla_by_layer(topks))(**given)
+    assert not torch.equal(by_layer, before)
+    model.set_attention(sla(0.3))
+    first = model.blocks[0].get_submodule("self_attn.attn_op")
+    first.config = sla(1.0)  # type: ignore[assignment]
+    assert torch.equal(model(**given), by_layer)
+    fresh = WanTransformer(model.config, sla_by_layer(topks))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(**given), by_layer)
+    with pytest.raises(ValueError, match=rf"layer_topk has 1 values for {layers} layers"):
+        model.set_attention(sla_by_layer([0.3]))
+
+
+def sla_by_layer(topks: list[float]) -> AttentionConfig:
+    return AttentionConfig.from_dict({"layer_topk": topks}, sla())
+
+
+def test_topk_by_layer_in_words() -> None:
+    config = sla_by_layer([0.1, 0.3])
+    assert (config.topk, config.layer_topk) == (pytest.approx(0.2), (0.1, 0.3))
+    assert AttentionConfig.from_dict(config.to_dict()) == config
+    assert hash(config) != hash(sla_by_layer([0.3, 0.1])), "keys of graphs and of work tell them apart"
+    assert AttentionConfig.from_dict({"kind": "sage_sla"}, config).layer_topk == (0.1, 0.3)
+    assert AttentionConfig.from_dict({"topk": 0.5}, config) == sla(0.5)
+    assert AttentionConfig.from_dict({"kind": "dense"}, config).layer_topk == ()
+    for wrong in ([0.1, 0.0], [0.1, 1.5], [True, 0.1], ["0.1", 0.1], [0.1, float("nan")]):
+        with pytest.raises(ValueError, match=r"attention\.layer_topk\[\d\]="):
+            sla_by_layer(wrong)  # type: ignore[arg-type]
+    for no_list in ("0.1", 0.1, None):
+        with pytest.raises(ValueError, match=r"layer_topk=.*expected a list"):
+            AttentionConfig("sla", layer_topk=no_list)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"leave it out with attention\.kind=dense"):
+        AttentionConfig("dense", layer_topk=(0.1,))

@@ -42,6 +42,9 @@ def test_sparse_attention_counts_what_it_keeps() -> None:
     pairs = 4 * 32760**2 * config.dim * config.num_layers
     assert dense - half == pytest.approx(0.5 * pairs, rel=0.02)
     assert half - tenth == pytest.approx(0.4 * pairs, rel=0.01)
+    by_layer = AttentionConfig("sla", block_q=64, block_k=64, layer_topk=(0.5, *[0.1] * (config.num_layers - 1)))
+    found = forward_flops(config, by_layer, grid)
+    assert found == pytest.approx(tenth + (half - tenth) / config.num_layers, rel=1e-9)
 
 
 def test_a_step_says_how_fast_it_was() -> None:

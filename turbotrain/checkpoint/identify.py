@@ -132,7 +132,7 @@ def _check_pair(path: Path, high: Network, low: Network) -> None:
     pairs = {
         "network": (layouts.describe(high.config), layouts.describe(low.config)),
         "layout": (LABELS[high.layout], LABELS[low.layout]),
-        "attention": (high.attention, low.attention),
+        "attention": (_comparable(high.attention), _comparable(low.attention)),
         "quantization": (high.scheme, low.scheme),
     }
     for what, (ours, theirs) in pairs.items():
@@ -140,6 +140,12 @@ def _check_pair(path: Path, high: Network, low: Network) -> None:
             raise CheckpointProblem(
                 f"{path}: its experts do not belong together, their {what} differs: high has {ours}, low has {theirs}"
             )
+
+
+def _comparable(attention: AttentionConfig) -> dict[str, Any]:
+    """Without top-k by layer, which each expert has chosen for itself."""
+    values = attention.to_dict()
+    return {**values, "topk": "by layer", "layer_topk": "by layer"} if attention.layer_topk else values
 
 
 def identify_network(path: Path) -> Network:
@@ -290,7 +296,7 @@ def report(identity: Identity) -> str:
     """The same for the eye."""
     said, network = summary(identity), identity.first
     attention = network.attention
-    settings = f"top-k {attention.topk}, blocks {attention.block_q} x {attention.block_k}, {attention.order} order"
+    settings = f"top-k {_topk_of(attention)}, blocks {attention.block_q} x {attention.block_k}, {attention.order} order"
     origin = "" if network.described else "; not in the file: as published"
     sizes = ", ".join(f"{count} {dtype}" for dtype, count in said["dtypes"].items())
     quantized = f"{said['quantization']}, {said['quantized_layers']} of {said['block_linears']} block linears"
@@ -313,6 +319,11 @@ def report(identity: Identity) -> str:
         lines["beside"] = f"{shorten(identity.beside)}: left alone"
     width = max(map(len, lines))
     return "\n".join([f"{identity.path}", *(f"  {key:{width}}  {value}" for key, value in lines.items())])
+
+
+def _topk_of(attention: AttentionConfig) -> str:
+    topks = attention.layer_topk
+    return f"{attention.topk:.4g} on average, {min(topks)} to {max(topks)} by layer" if topks else str(attention.topk)
 
 
 def _size(nbytes: int) -> str:

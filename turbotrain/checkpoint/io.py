@@ -156,9 +156,9 @@ def load_transformer(
     wanted = own if attention is None else attention
     wanted = wanted if isinstance(wanted, AttentionConfig) else AttentionConfig.from_dict(dict(wanted), own)
 
-    with torch.device("meta"):
-        model = WanTransformer(config, own)
     try:
+        with torch.device("meta"):
+            model = WanTransformer(config, own)
         state = from_disk_names(state)
         prepare_quantized(model, state)
     except ValueError as error:

@@ -254,8 +254,7 @@ def _say_what_is_misread(plan: Plan, network: Network, target: Target) -> None:
     attention = AttentionConfig.from_dict(plan.meta.attention)
     published = dataclasses.replace(layouts.PUBLISHED_SLA, kind=attention.kind)
     if attention.is_sparse and attention != published and not target.metadata:
-        fields = [f for f, value in published.to_dict().items() if value != attention.to_dict()[f]]
-        ours = ", ".join(f"{field}={attention.to_dict()[field]}" for field in fields)
+        ours = ", ".join(f"{f}={v}" for f, v in attention.to_dict().items() if v != published.to_dict().get(f))
         plan.losses.append(f"{target.label} does not say how attention is sparse: {ours} would be read as published")
 
 

@@ -5,9 +5,8 @@ Legend: B samples, L tokens, N heads, Q query blocks, K key blocks, T values of 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +18,13 @@ from turbotrain.model.tangent import Dual
 from turbotrain.model.wan import WanTransformer
 
 Masses = list[list[list[float]]]  # layer, head, top-k
+SCORES_AT_ONCE = 2**26
 
 
 @torch.no_grad()
 def attention_mass(
     network: WanTransformer,
-    calls: Sequence[Callable[[nn.Module], Any]],
+    calls: Iterable[Callable[[nn.Module], Any]],
     topks: Sequence[float],
     block_q: int,
     block_k: int,
@@ -32,8 +32,7 @@ def attention_mass(
     """For every layer, head and top-k the share of softmax mass on the blocks that `select_blocks` keeps: a mean over queries,
     samples and passes. topk 1 keeps all: 1.
 
-    The queries and keys are those that the network's own attention sees; its kind does not matter. Takes (B, N, L, L) numbers of
-    memory: for small networks, or few tokens.
+    The queries and keys are those that the network's own attention sees; its kind does not matter, the order of its tokens does.
     """
     layers = len(network.blocks)
     sums: list[Tensor | None] = [None] * layers
@@ -76,19 +75,23 @@ def _watched(network: WanTransformer, look: Callable[[int, Tensor, Tensor], None
 
 
 def _held(q_BLND: Tensor, k_BLND: Tensor, topks: Sequence[float], block_q: int, block_k: int) -> Tensor:
-    """Mass (N, T)."""
+    """Mass (N, T), over a part of the queries at a time: all scores of a long video would not fit."""
     q_BNLD, k_BNLD = q_BLND.transpose(1, 2), k_BLND.transpose(1, 2)
-    shares_BNLL = (q_BNLD @ k_BNLD.mT * q_BNLD.shape[-1] ** -0.5).softmax(-1)
-    length = shares_BNLL.shape[-1]
+    batch, heads, length, width = q_BNLD.shape
     key_blocks = -(-length // block_k)
-    padded = torch.nn.functional.pad(shares_BNLL, (0, key_blocks * block_k - length))
-    by_block_BNLK = padded.unflatten(-1, (key_blocks, block_k)).sum(-1)
     query_block_L = torch.arange(length, device=q_BLND.device) // block_q
-    found = []
-    for topk in topks:
-        kept_BNQM = tk.select_blocks(q_BLND, k_BLND, topk, block_q, block_k).kept.long()
-        found.append(by_block_BNLK.gather(-1, kept_BNQM[:, :, query_block_L]).sum(-1).mean((0, 2)))
-    return torch.stack(found, 1)
+    kept = [tk.select_blocks(q_BLND, k_BLND, topk, block_q, block_k).kept for topk in topks]
+    held_NT = q_BLND.new_zeros(heads, len(topks))
+    rows = max(block_q, SCORES_AT_ONCE // (batch * heads * length))
+    for start in range(0, length, rows):
+        part = slice(start, start + rows)
+        shares_BNRL = (q_BNLD[:, :, part] @ k_BNLD.mT * width**-0.5).softmax(-1)
+        padded = torch.nn.functional.pad(shares_BNRL, (0, key_blocks * block_k - length))
+        by_block_BNRK = padded.unflatten(-1, (key_blocks, block_k)).sum(-1)
+        for t, kept_BNQM in enumerate(kept):
+            own_BNRM = kept_BNQM[:, :, query_block_L[part]].long()
+            held_NT[:, t] += by_block_BNRK.gather(-1, own_BNRM).sum((0, 2, 3))
+    return held_NT / (batch * length)
 
 
 def share_out(masses: Masses, topks: Sequence[float], budget: float) -> list[float]:
@@ -132,18 +135,3 @@ def _hull(xs: Sequence[float], ys: Sequence[float]) -> list[int]:
             kept.pop()
         kept.append(index)
     return kept
-
-
-def set_layer_topks(network: WanTransformer, topks: Sequence[float]) -> None:
-    """Give every layer of a sparse network its own top-k; everything else stays.
-
-    Raises:
-        ValueError: dense attention, or not one value a layer.
-    """
-    if not network.attention_config.is_sparse:
-        raise ValueError("attention.kind=dense: only sparse attention has a top-k")
-    if len(topks) != len(network.blocks):
-        raise ValueError(f"{len(topks)} values for {len(network.blocks)} layers: expected one each")
-    for block, topk in zip(network.blocks, topks):
-        operator: Any = block.get_submodule("self_attn.attn_op")
-        operator.config = dataclasses.replace(operator.config, topk=topk)

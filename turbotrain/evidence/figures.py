@@ -22,6 +22,7 @@ LINES = (
 TOPK = (
     ("SLA, fine-tuned", "sla", ("sla005", "sla010", "sla015", "sla020", "sla030", "sla050", "sla100")),
     ("sparse alone, fine-tuned", "critic", ("sparse_only",)),
+    ("SLA by layer, fine-tuned", "turbo", ("sla010_layers",)),
 )
 STRIPS: tuple[tuple[Key, str], ...] = (
     (("teacher", "s50"), "teacher, 100 evaluations"),
@@ -80,7 +81,7 @@ def _topk(rows: Rows) -> str:
     for label, css, cells in TOPK:
         found = [rows[cell, "s20"] for cell in cells if (cell, "s20") in rows]
         series.append(_by_topk(label, css, found))
-    untuned = [row for (cell, _), row in rows.items() if cell == "untuned"]
+    untuned = [row for (cell, _), row in rows.items() if cell == "untuned" and not row["attention"].get("layer_topk")]
     series.append(_by_topk("SLA, not fine-tuned", "sla-u", untuned))
     series = [one for one in series if one.xs]
     teacher = rows.get(("teacher", "s20"))

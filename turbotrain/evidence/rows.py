@@ -25,7 +25,7 @@ from turbotrain.data.shapes import sample_clips
 from turbotrain.data.shapes_gpu import render_on
 from turbotrain.diffusion.samplers import draw_noise, sample_turbo, seeded_generators
 from turbotrain.diffusion.velocity import bind
-from turbotrain.evaluation.attention_mass import Masses, attention_mass, set_layer_topks, share_out
+from turbotrain.evaluation.attention_mass import Masses, attention_mass, share_out
 from turbotrain.evaluation.benchmark import environment
 from turbotrain.evaluation.evaluate import finite
 from turbotrain.evaluation.frechet import clip_features
@@ -34,7 +34,7 @@ from turbotrain.evaluation.trial import JUDGED_TOGETHER, Trial, measure_trial, r
 from turbotrain.evidence.films import filmstrips
 from turbotrain.evidence.folders import Folders
 from turbotrain.evidence.matrix import TEACHER, Cell, Row
-from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.model.attention_config import LAYER_TOPKS, AttentionConfig
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
@@ -45,7 +45,6 @@ from turbotrain.records import write_json
 # Prompts of the training split: to calibrate, to measure the error that is left (and sensitive layers), to see attention.
 CALIBRATION, HELD_OUT, MASS_CLIPS = 16, 8, 2
 CALIBRATION_SEED = 10**6  # no clip of a trial draws this noise
-TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 
 
 class Bench:
@@ -175,10 +174,10 @@ def build(bench: Bench, cell: Cell, row: Row) -> tuple[WanTransformer, dict[str,
         network.set_attention(AttentionConfig.from_dict(row.attention, network.attention_config))
     if row.mass or row.layer_budget:
         mass = _mass(bench, network)
-        facts["attention_mass"] = {"topk": list(TOPKS), "layers": mass}
+        facts["attention_mass"] = {"topk": list(LAYER_TOPKS), "layers": mass}
         if row.layer_budget:
-            chosen = share_out(mass, TOPKS, row.layer_budget)
-            set_layer_topks(network, chosen)
+            chosen = share_out(mass, LAYER_TOPKS, row.layer_budget)
+            network.set_attention(AttentionConfig.from_dict({"layer_topk": chosen}, network.attention_config))
             facts["layer_topks"] = chosen
     if row.quantize:
         facts.update(_quantize(bench, network, row))
@@ -204,7 +203,7 @@ def _mass(bench: Bench, network: WanTransformer) -> Masses:
     """Of the network's own blocks, over the passes of the 4-step Turbo sampler; dense ones are asked for the recipe's blocks."""
     own, section = network.attention_config, bench.config.attention
     blocks = (own.block_q, own.block_k) if own.is_sparse else (section.block_q, section.block_k)
-    return attention_mass(network, list(calibration_calls(bench, MASS_CLIPS)), TOPKS, *blocks)
+    return attention_mass(network, list(calibration_calls(bench, MASS_CLIPS)), LAYER_TOPKS, *blocks)
 
 
 def _quantize(bench: Bench, network: WanTransformer, row: Row) -> dict[str, Any]:

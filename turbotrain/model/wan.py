@@ -178,7 +178,8 @@ class WanTransformer(nn.Module):
         self.text_embedding = nn.Sequential(Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), Linear(dim, dim))
         self.time_embedding = nn.Sequential(WideLinear(config.freq_dim, dim), nn.SiLU(), WideLinear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config, self.attention_config) for _ in range(config.num_layers))
+        layers = self.attention_config.by_layer(config.num_layers)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in layers)
         self.head = Head(config)
         if config.image_dim is not None:
             # PyTorch's own norms (eps 1e-5), as published.
@@ -224,13 +225,16 @@ class WanTransformer(nn.Module):
         return self
 
     def set_attention(self, attention: AttentionConfig) -> WanTransformer:
-        """Swap every self-attention operator in place. SLA kinds keep a P that exists; a new one starts at zero."""
-        for block in self.blocks:
+        """Swap every self-attention operator in place. SLA kinds keep a P that exists; a new one starts at zero.
+
+        Raises ValueError for a top-k by layer of another number of layers.
+        """
+        for block, layer in zip(self.blocks, attention.by_layer(len(self.blocks))):
             attn = block.get_submodule("self_attn")
-            if attention.is_sparse and isinstance(attn.attn_op, SparseLinearAttention):
-                attn.attn_op.config = attention
+            if layer.is_sparse and isinstance(attn.attn_op, SparseLinearAttention):
+                attn.attn_op.config = layer
             else:
-                attn.attn_op = build_attention(self.config.head_dim, attention, self.device)
+                attn.attn_op = build_attention(self.config.head_dim, layer, self.device)
         self.attention_config = attention
         return self
 

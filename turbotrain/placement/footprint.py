@@ -95,11 +95,12 @@ def _attention_bytes(config: WanConfig, attention: AttentionConfig, scheme: str 
 
 
 def _list_bytes(config: WanConfig, attention: AttentionConfig, tokens: int) -> int:
-    """The lists of kept blocks."""
+    """The lists of kept blocks, of the layer that keeps most."""
     if not attention.is_sparse:
         return 0
     n_q, n_k = -(-tokens // attention.block_q), -(-tokens // attention.block_k)
-    return config.num_heads * n_q * max(1, math.floor(attention.topk * n_k)) * 4
+    topk = max(attention.layer_topk, default=attention.topk)
+    return config.num_heads * n_q * max(1, math.floor(topk * n_k)) * 4
 
 
 def _hidden_bytes(config: WanConfig, scheme: str | None) -> int:

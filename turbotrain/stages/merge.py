@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from turbotrain.checkpoint.merge import merge_keys, merge_tensor
-from turbotrain.stages.artifacts import attention_config, sampler_settings, write_model
+from turbotrain.stages.artifacts import sampler_settings, write_model
 from turbotrain.stages.context import StageContext
 
 
@@ -15,6 +15,6 @@ def run(context: StageContext) -> dict[str, object]:
     merged = {key: merge_tensor(distilled[key], trained[key], before[key], weight) for key in keys.merged}
     merged.update({key: trained[key] for key in keys.added})
     merged.update({key: distilled[key] for key in keys.kept})
-    rcm.set_attention(attention_config(context.config))
+    rcm.set_attention(sla.attention_config)  # what its P was trained with
     write_model(context, merged, rcm, sampler=sampler_settings(context.config))
     return {"weight": weight, "merged": len(keys.merged), "from_sla": len(keys.added)}

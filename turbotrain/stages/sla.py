@@ -18,6 +18,7 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import attention_config, sample_strips, write_trained
 from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
+from turbotrain.stages.layer_budget import within_budget
 from turbotrain.stages.lora import trainable
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.pieces import Piece
@@ -31,8 +32,11 @@ class SlaTask:
         self.section = section
         self.within = context.time_range
         self.source = BatchSource(context, context.dataset(), section.batch_size)
-        self.network = trainable(context, "teacher", attention_config(context.config))
         self.teacher = context.teacher()
+        attention = attention_config(context.config)
+        if section.layer_budget:
+            attention = within_budget(context, self.source, self.teacher, attention)
+        self.network = trainable(context, "teacher", attention)
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         if not section.linear_branch:
             _hold_at_zero(self.network)

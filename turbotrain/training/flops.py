@@ -36,7 +36,8 @@ def _parts(config: WanConfig, attention: AttentionConfig, grid: tuple[int, ...])
     self_linear = 8 * dim**2 * length
     cross_linear = 4 * dim**2 * length
     feed_forward = 4 * dim * ffn * length
-    attend = 4 * length * dim * (_kept_keys(attention, length) + context)
+    kept = sum(_kept_keys(layer, length) for layer in attention.by_layer(config.num_layers)) / config.num_layers
+    attend = 4 * length * dim * (kept + context)
     if attention.is_sparse:
         attend += 6 * length * dim * config.head_dim  # state of keys and values, queries through it, projection
     keys_values = 4 * dim**2 * context
