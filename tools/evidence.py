@@ -2,6 +2,7 @@
 
     python tools/evidence.py run configs/evidence/shapes_h200.yaml              # goes on where it was stopped
     python tools/evidence.py run MATRIX --gpus 0,1,2,3 --per-gpu 5 --minutes 9  # most important rows first
+    python tools/evidence.py latency MATRIX --json docs/measurements/h200_evidence_latency.json  # a Wan network's pass, by form
     python tools/evidence.py render docs/measurements/h200_evidence.json        # docs/evidence.md and its figures, from JSON only
 
 Exit status: 0 everything is there, 1 something failed or is left for another call, 2 usage.
@@ -38,20 +39,34 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("output", type=Path)
     one.add_argument("cell")
     one.add_argument("--row", help="this one alone")
-    show = commands.add_parser("render", help="write the page and its figures")
+    clock = commands.add_parser(
+        "latency", help="time a pass of a Wan network with random weights in every form of the rows"
+    )
+    clock.add_argument("matrix", type=Path)
+    clock.add_argument("--model", default="wan2.1_t2v_1.3b", help="default: %(default)s")
+    clock.add_argument("--resolution", help="for example 480p (default: the model's own)")
+    clock.add_argument("--frames", type=int, help="default: the model's own")
+    clock.add_argument("--minutes", type=float, default=0, help="begin no form after so long (default: no limit)")
+    clock.add_argument("--json", type=Path, required=True, help="written anew after every form")
+    show = commands.add_parser(
+        "render", help="write the page, its figures, and the table in README.md if that has its markers"
+    )
     show.add_argument("results", type=Path)
     show.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "evidence.md")
-    for command in (start, one, show):
+    for command in (start, one, clock, show):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
-    if options.command == "run" and (options.per_gpu < 1 or options.minutes < 0):
-        parser.error(f"--per-gpu {options.per_gpu} --minutes {options.minutes:g}: at least 1, and not negative")
+    if options.command == "run" and options.per_gpu < 1:
+        parser.error(f"--per-gpu {options.per_gpu}: at least 1")
+    if options.command in ("run", "latency") and options.minutes < 0:
+        parser.error(f"--minutes {options.minutes:g}: not negative")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    return run({"run": _run, "measure": _measure, "render": _render}[options.command], options)
+    commands = {"run": _run, "measure": _measure, "latency": _latency, "render": _render}
+    return run(commands[options.command], options)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -108,6 +123,54 @@ def _measure(options: argparse.Namespace) -> int:
     bench = Bench(folders, config, torch.device("cuda" if on_gpu else "cpu"))
     measure_cell(bench, matrix.cell(options.cell), options.row, lambda line: print(line, flush=True))
     return DONE
+
+
+def _latency(options: argparse.Namespace) -> int:
+    import datetime
+    import shlex
+
+    import torch
+
+    from turbotrain.compose import UsageError
+    from turbotrain.evidence.forms import matrix_forms
+    from turbotrain.evidence.latency import measure_forms
+    from turbotrain.evidence.matrix import load_matrix
+    from turbotrain.model.variants import VARIANTS
+    from turbotrain.records import environment, write_json
+    from turbotrain.sizes import video_size
+
+    if options.model not in VARIANTS:
+        raise UsageError(f"--model {options.model}: choose one of {', '.join(VARIANTS)}")
+    variant = VARIANTS[options.model]
+    frames = options.frames or variant.frames
+    height, width = video_size(variant, options.resolution)
+    said = ("model", "resolution", "frames")
+    shown = [part for name in said if (value := getattr(options, name)) for part in (f"--{name}", str(value))]
+    about = {
+        "command": shlex.join(
+            ["python", "tools/evidence.py", "latency", str(options.matrix), *shown, "--json", "FILE"]
+        ),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": environment()["commit"],
+        "video": f"{frames} frames of {width}x{height}",
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    document = measure_forms(
+        matrix_forms(load_matrix(options.matrix)),
+        variant,
+        variant.latent_shape(frames, height, width),
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        lambda document: write_json(options.json, {**about, **document}),
+        minutes=options.minutes,
+        say=lambda line: print(line, flush=True),
+    )
+    for sampling in document["samplings"]:
+        print("{mode}, {steps} steps of {form}: {ratio:.3f} of passes x time of one".format(**sampling))
+    print(f"written: {options.json}")
+    failed = [name for name, form in document["forms"].items() if "error" in form]
+    for name in (*failed, *document["left"]):
+        print(f"not timed: {name}", file=sys.stderr)
+    return FAILED if failed or document["left"] else DONE
 
 
 def _render(options: argparse.Namespace) -> int:

@@ -1,0 +1,146 @@
+"""What of a row decides how long one pass of its network takes, on a Wan network: its form. Rows of one form share a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from turbotrain.compose import UsageError
+from turbotrain.evidence.matrix import TEACHER, Cell, Matrix
+from turbotrain.model.attention_config import AttentionConfig
+
+# Query and key blocks of a form whose network was trained with smaller ones, which no Wan network of 32,760 tokens uses.
+WAN_BLOCKS = (128, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """attention: as it runs. scheme: of the 8-bit linears, "" for floats; smooth: whether they are smoothed while they run.
+
+    Two things leave no trace: weights that were rounded to 8 bits alone are floats when they run, and a projection P that
+    is zero (sparse attention alone, or nothing fine-tuned) is multiplied like any other.
+    """
+
+    attention: AttentionConfig
+    scheme: str = ""
+    smooth: bool = False
+
+    @property
+    def name(self) -> str:
+        """`sla 0.1 cube, int8_channel smoothed`: a name has one form."""
+        own, parts = self.attention, [self.attention.kind]
+        if own.is_sparse:
+            parts += [f"{own.topk:g}", own.order]
+            parts += [f"{own.block_q}x{own.block_k}"] if (own.block_q, own.block_k) != WAN_BLOCKS else []
+            parts += [own.feature_map] if own.feature_map != "softmax" else []
+        linears = f", {self.scheme}{' smoothed' if self.smooth else ''}" if self.scheme else ""
+        return " ".join(parts) + linears
+
+
+def form_of(attention: AttentionConfig, quantize: Mapping[str, Any]) -> Form | None:
+    """The form of a network of this attention, quantised as a row says; None where that depends on its weights (as many linears
+    in float as a target takes)."""
+    if quantize.get("target_error"):
+        return None
+    scheme = "" if not quantize or quantize.get("weights_only") else quantize.get("scheme", "int8_channel")
+    # What smoothing divides by in a network of 128x128 tiles is all folded into weights.
+    smooth = scheme not in ("", "int8_block128") and bool(quantize.get("smooth", True))
+    if not attention.is_sparse:
+        return Form(AttentionConfig(), scheme, smooth)
+    if min(attention.block_q, attention.block_k) < min(WAN_BLOCKS):
+        attention = dataclasses.replace(attention, block_q=WAN_BLOCKS[0], block_k=WAN_BLOCKS[1])
+    return Form(attention, scheme, smooth)
+
+
+def matrix_forms(matrix: Matrix) -> list[Form]:
+    """Every form that the rows of a matrix run, in the order of their first rows."""
+    found: dict[Form, None] = {}
+    trained = _TrainedAttention(matrix)
+    for cell, row in matrix.rows:
+        attention = AttentionConfig.from_dict(row.attention, trained(cell))
+        if row.layer_budget:
+            attention = dataclasses.replace(attention, topk=row.layer_budget)
+        form = form_of(attention, row.quantize)
+        if form is not None:
+            found[form] = None
+    return list(found)
+
+
+class _TrainedAttention:
+    """The attention of a cell's network, as its training's configuration says it."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self._matrix = matrix
+        self._composed: dict[tuple[str, ...], AttentionConfig] = {}
+
+    def __call__(self, cell: Cell) -> AttentionConfig:
+        if cell.network == TEACHER:
+            return AttentionConfig()
+        if cell.network:
+            return self(self._matrix.cell(cell.merge_sla if cell.network == "merge" else cell.network))
+        said = tuple(override for override in cell.train if override.startswith("attention"))
+        if said not in self._composed:
+            self._composed[said] = self._compose(cell.stage, said)
+        return self._composed[said]
+
+    def _compose(self, stage: str, said: Iterable[str]) -> AttentionConfig:
+        from turbotrain.config import load_config
+        from turbotrain.stages.artifacts import attention_config
+
+        given = [
+            f"stages=[{stage}]",
+            "data.kind=shards",
+            "data.path=unread",
+        ]  # what else it trains from does not matter
+        return attention_config(load_config([f"recipe={self._matrix.recipe}", *given, *self._matrix.common, *said]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Latencies:
+    """seconds: of one pass, by the name of its form. document: the whole measurement, {} where there is none."""
+
+    seconds: Mapping[str, float]
+    document: Mapping[str, Any]
+
+    def of(self, row: Mapping[str, Any]) -> float | None:
+        """Seconds that the passes of a row of the results take; None where its form was not timed.
+
+        A network whose layers have a top-k each counts as one of their mean, or of the next larger one that was timed.
+        """
+        form = form_of(AttentionConfig.from_dict(row["attention"]), row.get("quantize") or {})
+        if form is None:
+            return None
+        if topks := row.get("facts", {}).get("layer_topks"):
+            form = self._at_least(form, sum(topks) / len(topks))
+        seconds = self.seconds.get(form.name)
+        return None if seconds is None else row["evaluations"] * seconds
+
+    @property
+    def worst_ratio(self) -> float | None:
+        """A whole sampling over the arithmetic, the ratio that is farthest from 1; None where none was timed."""
+        ratios = [sampling["ratio"] for sampling in self.document.get("samplings", [])]
+        return max(ratios, key=lambda ratio: abs(ratio - 1), default=None)
+
+    def _at_least(self, form: Form, topk: float) -> Form:
+        """`form` with the smallest top-k from `topk` on that was timed."""
+        timed = {value["form"]["attention"]["topk"] for value in self.document["forms"].values() if "form" in value}
+        for larger in sorted(value for value in timed if value >= topk - 1e-6):
+            candidate = dataclasses.replace(form, attention=dataclasses.replace(form.attention, topk=larger))
+            if candidate.name in self.seconds:
+                return candidate
+        return form
+
+
+def read_latencies(path: Path) -> Latencies:
+    """What `latency.measure_forms` wrote; empty where there is no file. Raises UsageError for another file."""
+    if not path.is_file():
+        return Latencies({}, {})
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        forms = document["forms"]
+        return Latencies({name: form["median_s"] for name, form in forms.items() if "median_s" in form}, document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: not what `tools/evidence.py latency` writes ({error!r})") from error
