@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import invented
 import pytest
 import torch
 
@@ -14,16 +15,19 @@ from turbotrain.config import load_config, resolve
 from turbotrain.evidence import rows
 from turbotrain.evidence.claims import CLAIMS, Claim, judge_claim
 from turbotrain.evidence.collect import collect
-from turbotrain.evidence.figures import CAPTIONS, figures
+from turbotrain.evidence.figures import CAPTIONS, figures, pareto_front
 from turbotrain.evidence.folders import Folders
+from turbotrain.evidence.forms import Form, read_latencies
 from turbotrain.evidence.matrix import Row, load_matrix
-from turbotrain.evidence.page import write_page
+from turbotrain.evidence.page import LATENCIES, between_marks, readme_block, write_page
 from turbotrain.evidence.rows import Bench, build, measure_cell
+from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.quant import predicted_error
 from turbotrain.records import write_json
 
 METRICS = {"accuracy", "shape", "colour", "size", "direction", "speed", "background", "motion", "steady", "coverage",
            "entropy", "spread", "frechet"}  # fmt: skip
+WAN_SLA = AttentionConfig("sla", 0.1, 128, 64, "cube")
 
 
 @pytest.fixture
@@ -87,32 +91,68 @@ def test_quantised_rows_say_what_it_cost(bench: Bench, monkeypatch: pytest.Monke
 
 
 def test_every_figure_is_drawn_from_its_rows() -> None:
-    def row(evaluations: int, **facts: object) -> dict[str, object]:
-        metrics = {name: [0.9, 0.8, 0.95] for name in ("accuracy", "coverage")}
-        attention = {"kind": "sla", "topk": 0.1}
-        return {
-            "evaluations": evaluations,
-            "metrics": metrics,
-            "attention": attention,
-            "facts": facts,
-            "film": ["AAAA"],
-        }
-
-    layers = {f"blocks.{block}.{name}": [30.0 + block, 20.0] for block in (0, 1) for name in ("ffn.0", "self_attn.q")}
-    mass = {"topk": [0.1, 0.5, 1.0], "layers": [[[0.3, 0.8, 1.0], [0.5, 0.9, 1.0]]]}
-    drawn = figures(
-        {
-            ("teacher", "s50"): row(100),
-            ("untuned", "topk100"): row(40, attention_mass=mass),
-            ("turbo", "int8_4"): row(4, sqnr_db=layers, input_absmax=dict.fromkeys(layers, 3.0)),
-            ("sla010", "s20"): row(40),
-        }
-    )
-    assert set(drawn) == set(CAPTIONS)
-    for name, svg in drawn.items():
+    rows = {(row["cell"], row["row"]): row for row in invented.results()["rows"]}
+    by_passes = figures(rows)
+    by_latency = figures({key: {**row, "latency_s": 0.2 * row["evaluations"]} for key, row in rows.items()})
+    assert set(by_passes) | set(by_latency) == set(CAPTIONS)
+    assert not any("pareto" in name for name in by_passes)
+    for name, svg in {**by_passes, **by_latency}.items():
         assert ElementTree.fromstring(svg).tag.endswith("svg"), name
-    assert "block 1 ffn.0: 31.0 dB" in drawn["evidence_sqnr.svg"]
+    sqnr = rows["turbo", "int8_4"]["facts"]["sqnr_db"]["blocks.1.ffn.0"]
+    assert f"block 1 ffn.0: {sqnr[0]:.1f} dB" in by_passes["evidence_sqnr.svg"]
+    # Layer 2 keeps 0.34, 0.54, ..., 1: the mean over its heads at every top-k.
+    assert all(f"layer 2: {share:.3f}" in by_passes["evidence_mass.svg"] for share in (0.34, 0.54, 0.97, 1.0))
     assert figures({}) == {}
+
+
+def test_the_front_is_what_nothing_as_fast_beats() -> None:
+    points = [(4.0, 0.9), (1.0, 0.5), (2.0, 0.9), (1.0, 0.7), (3.0, 0.8), (8.0, 0.95)]
+    assert pareto_front(points) == [(1.0, 0.7), (2.0, 0.9), (8.0, 0.95)]
+    assert pareto_front([]) == []
+
+
+def test_the_page_and_the_readme_say_what_the_files_say(tmp_path: Path) -> None:
+    write_json(tmp_path / "results.json", invented.results())
+    dense, turbo = Form(AttentionConfig()), Form(WAN_SLA, "int8_channel", True)
+    write_json(tmp_path / LATENCIES, invented.latencies({dense: 0.5, turbo: 0.125}))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- evidence -->\nnothing yet\n<!-- /evidence -->\nafter\n")
+    page = tmp_path / "docs" / "evidence.md"
+    written = write_page(tmp_path / "results.json", page)
+    assert {page, readme} < set(written)
+    for text in (page.read_text(), readme.read_text()):
+        headline = {tuple(line.split(" | ")[:2]): line for line in text.splitlines() if line.endswith("` |")}
+        assert headline["| teacher, UniPC, guidance 3", "50"].count(" | 50.00 s | ") == 1
+        turbo_line = headline["| Turbo: SLA 0.1 + rCM + int8", "4"]
+        given = "--teacher asset:shapes_h200 --codec asset:shapes_h200 --only turbo"
+        command = f"python tools/evidence.py run configs/evidence/shapes_h200.yaml {given}"
+        assert turbo_line.endswith(f" | 0.50 s | `{command}` |")
+        assert headline["| SLA, top-k 0.1", "20"].count(" |  | ") == 1  # no such form was timed
+        assert "took 1.02 of it" in text
+    assert "| SLA 0.1, then rCM staged | 4 |" in page.read_text()
+    assert readme.read_text().startswith("before\n<!-- evidence -->\n| method | steps | accuracy")
+    assert readme.read_text().endswith("\n<!-- /evidence -->\nafter\n")
+    assert "nothing yet" not in readme.read_text()
+    assert readme not in write_page(tmp_path / "results.json", page)  # as it is already
+
+
+@pytest.mark.parametrize("text", ["", "<!-- evidence -->", "<!-- /evidence --><!-- evidence -->", "no marks"])
+def test_a_readme_without_its_marks_stays(text: str) -> None:
+    assert between_marks(text, "block") == text
+
+
+def test_the_readme_that_ships_has_its_marks_and_agrees_with_the_results_that_ship() -> None:
+    repository = Path(__file__).resolve().parents[2]
+    readme = (repository / "README.md").read_text()
+    assert between_marks(readme, "block") != readme
+    results = repository / "docs" / "measurements" / "h200_evidence.json"
+    if results.is_file():
+        document = json.loads(results.read_text())
+        latencies = read_latencies(results.parent / LATENCIES)
+        rows = {(row["cell"], row["row"]): {**row, "latency_s": latencies.of(row)} for row in document["rows"]}
+        assert between_marks(readme, readme_block(document, rows, latencies)) == readme
+    else:
+        assert "has not been run yet" in readme
 
 
 def test_claims_hold_fail_or_stay_open() -> None:

@@ -129,8 +129,8 @@ def scatter_chart(
     ys = [y for one in series for y in one.ys if math.isfinite(y)] + ([reference[1]] if reference else [])
     if not ys or len(x_ticks) < 2:
         return ""
-    low = min([*ys, *(interval[0] for one in series for interval in one.intervals if interval is not None)])
-    ticks = _linear_ticks(max(0.0, low - 0.02), max(ys), 5)
+    ends = [end for one in series for interval in one.intervals if interval is not None for end in interval]
+    ticks = _linear_ticks(max(0.0, min([*ys, *ends]) - 0.02), max([*ys, *ends]), 5)
     exponents = [math.log10(tick) for tick in x_ticks]
     margin = 0.06 * (exponents[-1] - exponents[0])
     frame = _Frame(640, 340, 50, 168, 14, 44, (exponents[0] - margin, exponents[-1] + margin), (ticks[0], ticks[-1]))
@@ -249,7 +249,7 @@ def dot_grid(
     margin = 0.06 * ((high - low) or abs(high) or 1.0)
     ticks = _linear_ticks(low - margin, high + margin, 5)
     row_height, left, right = 24.0, 124.0, 16.0
-    width, height = 620.0, row_height * len(rows) + 36
+    width, height = 620.0, row_height * len(rows) + 40
     span = (ticks[-1] - ticks[0]) or 1.0
 
     def at(value: float) -> float:
@@ -257,9 +257,9 @@ def dot_grid(
 
     parts: list[str] = []
     for tick in ticks:
-        parts.append(f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="4" y2="{height - 30:.1f}"/>')
-        parts.append(_text(at(tick), height - 14, _short(tick), "middle"))
-    parts.append(_text(width - right, height - 1, unit, "end", "axis"))
+        parts.append(f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="4" y2="{height - 34:.1f}"/>')
+        parts.append(_text(at(tick), height - 18, _short(tick), "middle"))
+    parts.append(_text(width - right, height - 4, unit, "end", "axis"))
     for i, name in enumerate(rows):
         y = 4 + (i + 0.5) * row_height
         parts.append(_text(left - 12, y + 4, name, "end", "barlabel"))
@@ -309,7 +309,7 @@ def _spread_labels(labels: Sequence[tuple[float, str, str]], low: float, high: f
     """Labels moved apart to at least 15 units, kept in order and as near their lines as that allows."""
     gap = 15.0
     ordered = sorted(labels)
-    ys = [y for y, _, _ in ordered]
+    ys = [max(low, y) for y, _, _ in ordered]
     for index in range(1, len(ys)):
         ys[index] = max(ys[index], ys[index - 1] + gap)
     if ys and ys[-1] > high:

@@ -77,7 +77,7 @@ svg circle.hollow { fill: none; stroke: var(--c); stroke-width: 1.2; opacity: .6
 .s-teacher { --c: var(--teacher); } .s-teacher-u { --c: var(--teacher-u); } .s-sla { --c: var(--sla); }
   .s-sla-u { --c: var(--sla-u); }
 .s-rcm { --c: var(--rcm); } .s-merge { --c: var(--merge); } .s-turbo { --c: var(--turbo); }
-  .s-critic { --c: var(--critic); }
+  .s-critic { --c: var(--critic); } .s-front { --c: var(--ink-3); }
 svg .line, svg .whisker { stroke: var(--c); } svg .dot, svg .bar { fill: var(--c); }
   svg text[class*="s-"] { fill: var(--c); }
 """

@@ -19,6 +19,12 @@ LINES = (
     ("dmd", STEPS, "DMD", "critic"),
     ("turbo", ("int8_1", "int8_2", "int8_4"), "Turbo (SLA 0.1, int8)", "turbo"),
 )
+# Of the plots against latency: the same, and what the same passes cost in other forms.
+PARETO = (
+    *LINES,
+    ("turbo", STEPS, "SLA 0.1 + rCM", "teacher-u"),
+    ("merge", STEPS, "merge", "merge"),
+)
 TOPK = (
     ("SLA, fine-tuned", "sla", ("sla005", "sla010", "sla015", "sla020", "sla030", "sla050", "sla100")),
     ("sparse alone, fine-tuned", "critic", ("sparse_only",)),
@@ -38,42 +44,82 @@ STRIPS: tuple[tuple[Key, str], ...] = (
 
 
 CAPTIONS = {
+    "evidence_pareto_accuracy.svg": "Accuracy by latency; whiskers: 95%. Latency: the row's passes times one pass of a Wan "
+    "network in the row's form, as under the table. Dashed: the Pareto front; nothing as fast is better.",
+    "evidence_pareto_coverage.svg": "Coverage of start positions by the same latency; dashed: the Pareto front.",
     "evidence_accuracy.svg": "Accuracy by passes through the network; whiskers: 95%, over prompts.",
     "evidence_coverage.svg": "Coverage of start positions by passes through the network.",
     "evidence_topk.svg": "Accuracy in 20 guided steps by the share of key blocks that is kept.",
     "evidence_sqnr.svg": "Signal to quantisation noise of every linear of the Turbo student in int8; hollow: not smoothed.",
     "evidence_outliers.svg": "Largest input of every linear of the Turbo student: where outliers are.",
+    "evidence_sensitivity.svg": "Relative error of the student's latents when one linear alone is in int8.",
     "evidence_mass.svg": "Softmax mass that the kept blocks hold, by top-k: a line a layer, the mean over its heads.",
     "evidence_films.svg": "One prompt from the same noise, six of the frames.",
 }
 
 
 def figures(rows: Rows) -> dict[str, str]:
-    """{file name: SVG} of every figure for which there are rows."""
+    """{file name: SVG} of every figure for which there are rows. Quality is drawn by `latency_s`, or, where no row has one, by
+    passes."""
+    by_cost = {f"evidence_pareto_{metric}.svg": _by_latency(rows, metric) for metric in ("accuracy", "coverage")}
+    if not any(by_cost.values()):
+        by_cost = {f"evidence_{metric}.svg": _by_passes(rows, metric) for metric in ("accuracy", "coverage")}
     made = {
-        "evidence_accuracy.svg": _by_passes(rows, "accuracy"),
-        "evidence_coverage.svg": _by_passes(rows, "coverage"),
+        **by_cost,
         "evidence_topk.svg": _topk(rows),
         "evidence_sqnr.svg": _sqnr(rows),
         "evidence_outliers.svg": _outliers(rows),
+        "evidence_sensitivity.svg": _sensitivity(rows),
         "evidence_mass.svg": _mass(rows),
         "evidence_films.svg": _films(rows),
     }
     return {name: standalone(svg, FIGURE_CSS) for name, svg in made.items() if svg}
 
 
-def _points(rows: Rows, cell: str, names: Sequence[str], metric: str) -> list[tuple[float, list[float]]]:
-    found = [rows[cell, name] for name in names if (cell, name) in rows]
-    return [(float(row["evaluations"]), row["metrics"][metric]) for row in found if metric in row["metrics"]]
+def _series(rows: Rows, lines: Sequence[tuple[str, Sequence[str], str, str]], cost: str, metric: str) -> list[Series]:
+    """The lines of which there are points, rows without that cost or metric left out."""
+    series = []
+    for cell, names, label, css in lines:
+        found = [rows[cell, name] for name in names if (cell, name) in rows]
+        found = [row for row in found if row.get(cost) is not None and metric in row["metrics"]]
+        if found:
+            values = [row["metrics"][metric] for row in found]
+            xs, intervals = [float(row[cost]) for row in found], [(v[1], v[2]) for v in values]
+            series.append(Series(label, css, xs, [v[0] for v in values], intervals))
+    return series
 
 
 def _by_passes(rows: Rows, metric: str) -> str:
-    series = []
-    for cell, names, label, css in LINES:
-        if points := _points(rows, cell, names, metric):
-            xs, values = zip(*points)
-            series.append(Series(label, css, xs, [v[0] for v in values], [(v[1], v[2]) for v in values]))
+    series = _series(rows, LINES, "evaluations", metric)
     return scatter_chart(series, "network evaluations", metric, [1, 2, 4, 8, 16, 40, 100]) if len(series) > 1 else ""
+
+
+def _by_latency(rows: Rows, metric: str) -> str:
+    series = _series(rows, PARETO, "latency_s", metric)
+    if len(series) < 2:
+        return ""
+    points = pareto_front([point for one in series for point in zip(one.xs, one.ys)])
+    front = Series("Pareto front", "front", [x for x, _ in points], [y for _, y in points], dashed=True)
+    costs = [x for one in series for x in one.xs]
+    return scatter_chart([front, *series], "latency, s", metric, _log_ticks(min(costs), max(costs)))
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (cost, quality): those than which nothing at most as costly is better, by rising cost."""
+    front: list[tuple[float, float]] = []
+    for cost, quality in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or quality > front[-1][1]:
+            front.append((cost, quality))
+    return front
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, ..., from the last that is at most `low` to the first that is at least `high`."""
+    exponents = range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 2)
+    ticks = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
+    first = max(index for index, tick in enumerate(ticks) if tick <= low)
+    last = min(index for index, tick in enumerate(ticks) if tick >= high and index > first)
+    return ticks[first : last + 1]
 
 
 def _topk(rows: Rows) -> str:
@@ -81,6 +127,7 @@ def _topk(rows: Rows) -> str:
     for label, css, cells in TOPK:
         found = [rows[cell, "s20"] for cell in cells if (cell, "s20") in rows]
         series.append(_by_topk(label, css, found))
+    # Rows whose layers have a top-k each are no point of this curve.
     untuned = [row for (cell, _), row in rows.items() if cell == "untuned" and not row["attention"].get("layer_topk")]
     series.append(_by_topk("SLA, not fine-tuned", "sla-u", untuned))
     series = [one for one in series if one.xs]
@@ -108,6 +155,11 @@ def _outliers(rows: Rows) -> str:
     )
 
 
+def _sensitivity(rows: Rows) -> str:
+    errors = rows.get(("schemes", "int8_mixed"), {}).get("facts", {}).get("sensitivity") or {}
+    return _by_layer({name: math.log10(value) for name, value in errors.items() if value > 0}, "log10 of the error")
+
+
 def _by_layer(values: Mapping[str, float], unit: str, before: Mapping[str, float] | None = None) -> str:
     """A row for every kind of linear, a dot for each block's."""
     blocks = sorted({name.split(".")[1] for name in values}, key=int)
@@ -127,7 +179,10 @@ def _mass(rows: Rows) -> str:
     shades = ("teacher", "sla", "rcm", "turbo", "merge", "critic")
     series = [
         Series(
-            f"layer {index}", shades[index % len(shades)], mass["topk"], [sum(heads) / len(heads) for heads in layer]
+            f"layer {index}",
+            shades[index % len(shades)],
+            mass["topk"],
+            [sum(heads) / len(heads) for heads in zip(*layer)],
         )
         for index, layer in enumerate(mass["layers"])
     ]

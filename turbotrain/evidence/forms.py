@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from turbotrain.compose import UsageError
 from turbotrain.evidence.matrix import TEACHER, Cell, Matrix
@@ -81,21 +83,25 @@ class _TrainedAttention:
             return AttentionConfig()
         if cell.network:
             return self(self._matrix.cell(cell.merge_sla if cell.network == "merge" else cell.network))
-        said = tuple(override for override in cell.train if override.startswith("attention"))
-        if said not in self._composed:
-            self._composed[said] = self._compose(cell.stage, said)
-        return self._composed[said]
+        overrides = [*self._matrix.common, *cell.train]
+        base = self._compose(tuple(said for said in overrides if said.startswith("attention=")), cell.stage)
+        fields = OmegaConf.from_dotlist([said for said in overrides if said.startswith("attention.")])
+        return AttentionConfig.from_dict(dict(fields.get("attention", {})), base)
 
-    def _compose(self, stage: str, said: Iterable[str]) -> AttentionConfig:
+    def _compose(self, groups: tuple[str, ...], stage: str) -> AttentionConfig:
+        """The recipe's attention, or the one of `configs/attention` that was chosen. Composing takes most of a second."""
         from turbotrain.config import load_config
-        from turbotrain.stages.artifacts import attention_config
+        from turbotrain.stages.artifacts import attention_config  # torch and all: the page needs none of it
 
-        given = [
-            f"stages=[{stage}]",
-            "data.kind=shards",
-            "data.path=unread",
-        ]  # what else it trains from does not matter
-        return attention_config(load_config([f"recipe={self._matrix.recipe}", *given, *self._matrix.common, *said]))
+        if groups not in self._composed:
+            given = [
+                f"stages=[{stage}]",
+                "data.kind=shards",
+                "data.path=unread",
+            ]  # what else it trains from does not matter
+            config = load_config([f"recipe={self._matrix.recipe}", *given, *self._matrix.common, *groups])
+            self._composed[groups] = attention_config(config)
+        return self._composed[groups]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +119,8 @@ class Latencies:
         form = form_of(AttentionConfig.from_dict(row["attention"]), row.get("quantize") or {})
         if form is None:
             return None
-        if topks := row.get("facts", {}).get("layer_topks"):
-            form = self._at_least(form, sum(topks) / len(topks))
-        seconds = self.seconds.get(form.name)
+        topks = row.get("facts", {}).get("layer_topks")
+        seconds = self._at_least(form, sum(topks) / len(topks)) if topks else self.seconds.get(form.name)
         return None if seconds is None else row["evaluations"] * seconds
 
     @property
@@ -124,14 +129,14 @@ class Latencies:
         ratios = [sampling["ratio"] for sampling in self.document.get("samplings", [])]
         return max(ratios, key=lambda ratio: abs(ratio - 1), default=None)
 
-    def _at_least(self, form: Form, topk: float) -> Form:
-        """`form` with the smallest top-k from `topk` on that was timed."""
-        timed = {value["form"]["attention"]["topk"] for value in self.document["forms"].values() if "form" in value}
+    def _at_least(self, form: Form, topk: float) -> float | None:
+        """Of the forms that were timed and differ from this one in top-k alone: the one with the smallest from `topk` on."""
+        timed = {value["form"]["attention"]["topk"] for value in self.document.get("forms", {}).values()}
         for larger in sorted(value for value in timed if value >= topk - 1e-6):
-            candidate = dataclasses.replace(form, attention=dataclasses.replace(form.attention, topk=larger))
-            if candidate.name in self.seconds:
-                return candidate
-        return form
+            attention = dataclasses.replace(form.attention, topk=larger)
+            if (seconds := self.seconds.get(dataclasses.replace(form, attention=attention).name)) is not None:
+                return seconds
+        return None
 
 
 def read_latencies(path: Path) -> Latencies:

@@ -1,4 +1,4 @@
-"""docs/evidence.md and its figures, from the results' JSON alone: what is not in the file is not on the page."""
+"""docs/evidence.md, its figures and README's table, from JSON alone: what is not in the files is not on the page."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from turbotrain.evaluation.video import write_bytes
-from turbotrain.evidence.claims import CLAIMS, Rows, judge_claim
+from turbotrain.evidence.claims import CLAIMS, Key, Rows, judge_claim
 from turbotrain.evidence.figures import CAPTIONS, figures
+from turbotrain.evidence.forms import Latencies, read_latencies
 
 GROUPS = {
     "teacher": ("The teacher", "In its own sampler (UniPC, guidance: two passes a step), and undistilled in the Turbo sampler."),
     "turbo": ("Turbo", "Everything at once: sparse-linear attention, four steps or fewer, 8 bits."),
     "distillation": ("Distillation", "Dense attention; all methods make the same number of updates of the student."),
-    "sla": ("Sparse-linear attention", "In the teacher's sampler at 20 steps, so that nothing but attention differs."),
+    "sla": ("Sparse-linear attention", "In the teacher's sampler at 20 steps, so that nothing but attention differs. Sparse "
+            "attention alone is SLA with a projection of zero: it takes SLA's time."),
     "composition": ("Composition", "Three ways to bring SLA and rCM together; sequential is the section Turbo."),
     "quantization": ("Quantisation", "The Turbo student at 4 steps, one float network in every scheme."),
 }  # fmt: skip
@@ -28,36 +30,69 @@ COLUMNS = (
     ("frechet", "Frechet"),
     ("psnr", "PSNR, dB"),
     ("ssim", "SSIM"),
+    ("latency_s", "latency"),
 )
 ATTRIBUTES = ("shape", "colour", "size", "direction", "speed", "background")
-HEADLINE = (("teacher", "s50"), ("rcm_staged", "s4"), ("rcm_staged", "s1"), ("sla010", "s20"), ("turbo", "s4"),
+HEADLINE = (("teacher", "s50"), ("teacher", "s4"), ("sla010", "s20"), ("rcm_staged", "s4"), ("rcm_staged", "s1"), ("turbo", "s4"),
             ("turbo", "int8_4"), ("turbo", "int8_2"), ("turbo", "int8_1"))  # fmt: skip
-# Of Wan 2.1 1.3B at 480p on the same GPU: what one pass takes, dense and in Turbo's form.
-WAN_TIMES = "h200_video_wan2.1_t2v_1.3b_480p.json"
+# Beside the results: what `tools/evidence.py latency` wrote.
+LATENCIES = "h200_evidence_latency.json"
+README_MARKS = "<!-- evidence -->", "<!-- /evidence -->"
 
 
 def write_page(results: Path, page: Path) -> list[Path]:
-    """Write the page and its figures (beside it, in figures/); returns the files.
+    """Write the page, its figures (beside it, in figures/) and, if the README.md one folder up has `README_MARKS`, the block
+    between them; returns the files.
 
     Raises:
-        ValueError: `results` is no file that `run` wrote.
+        ValueError: `results` is no file that `run` wrote, or the file of latencies beside it is another.
     """
     try:
         document = json.loads(results.read_text(encoding="utf-8"))
-        rows: Rows = {(row["cell"], row["row"]): row for row in document["rows"]}
+        rows: dict[Key, Mapping[str, Any]] = {(row["cell"], row["row"]): row for row in document["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{results}: not the results of an evidence run ({error!r})") from error
+    latencies = read_latencies(results.parent / LATENCIES)
+    rows = {key: {**row, "latency_s": latencies.of(row)} for key, row in rows.items()}
     drawn = figures(rows)
     written = []
     for name, svg in drawn.items():
         written.append(write_bytes(page.parent / "figures" / name, svg.encode()))
-    seconds = _wan_seconds(results.parent / WAN_TIMES)
-    text = "\n".join(_page(document, rows, list(drawn), seconds, results))
-    return [*written, write_bytes(page, (text.rstrip() + "\n").encode())]
+    text = "\n".join(_page(document, rows, list(drawn), latencies, results))
+    written.append(write_bytes(page, (text.rstrip() + "\n").encode()))
+    readme = page.parent.parent / "README.md"
+    if (block := readme_block(document, rows, latencies)) and readme.is_file():
+        before = readme.read_text(encoding="utf-8")
+        if (after := between_marks(before, block)) != before:
+            written.append(write_bytes(readme, after.encode()))
+    return written
+
+
+def readme_block(document: Mapping[str, Any], rows: Rows, latencies: Latencies) -> str:
+    """The headline for README.md; "" where none of its rows has been measured."""
+    table = _headline(document, rows, latencies)
+    if not table:
+        return ""
+    prompts, seeds = document["prompts"], document["seeds"]
+    facts = [
+        f"{prompts * seeds:,} videos a row ({prompts:,} held-out prompts, {seeds} seeds), 95% intervals over prompts.",
+        "Everything else, with figures and what each published claim comes to: [docs/evidence.md](docs/evidence.md).",
+    ]
+    return "\n".join([*table, *_about_latency(latencies, "docs/measurements"), *facts])
+
+
+def between_marks(text: str, block: str) -> str:
+    """`text` with `block` between its `README_MARKS`; as it is where it has not exactly one such pair."""
+    start, end = README_MARKS
+    before, first, rest = text.partition(start)
+    _, last, after = rest.partition(end)
+    if not first or not last or start in after or end in before:
+        return text
+    return f"{before}{start}\n{block}\n{end}{after}"
 
 
 def _page(
-    document: Mapping[str, Any], rows: Rows, drawn: Sequence[str], seconds: Mapping[str, float], results: Path
+    document: Mapping[str, Any], rows: Rows, drawn: Sequence[str], latencies: Latencies, results: Path
 ) -> list[str]:
     environment = document.get("environment", {})
     videos = document["prompts"] * document["seeds"]
@@ -65,7 +100,8 @@ def _page(
         "# Evidence",
         "",
         "What each acceleration costs in quality, measured on a world that code can judge exactly. Written by",
-        f"`python tools/evidence.py render docs/measurements/{results.name}` from that file alone: not edited by hand.",
+        f"`python tools/evidence.py render docs/measurements/{results.name}` from that file and the latencies beside it: not",
+        "edited by hand.",
         "",
         f"{document['prompts']:,} held-out prompts, {document['seeds']} seeds each: {videos:,} videos a row, from the same noise",
         "in every row. Values with 95% intervals over prompts (all seeds of a prompt are resampled together).",
@@ -75,7 +111,8 @@ def _page(
         f"The world and the recipe: [{document['recipe']}](../recipes/{document['recipe']}.md). It is small: what holds here",
         "holds in kind, and says nothing about how Wan's own videos look; those take VBench's protocol (`tools/vbench.py`).",
         "",
-        *_headline(rows, seconds, document["name"]),
+        *_headline(document, rows, latencies),
+        *_about_latency(latencies, "measurements"),
         *_claims(rows),
     ]
     for name in drawn:
@@ -88,48 +125,46 @@ def _page(
     return lines + _how(document)
 
 
-def _headline(rows: Rows, seconds: Mapping[str, float], name: str) -> list[str]:
+def _headline(document: Mapping[str, Any], rows: Rows, latencies: Latencies) -> list[str]:
     shown = [rows[key] for key in HEADLINE if key in rows]
     if not shown:
         return []
+    device = latencies.document.get("environment", {}).get("device", "")
+    column = f"latency on {device.removeprefix('NVIDIA ')}" if device else "latency"
     lines = [
-        "| method | steps | passes | accuracy | coverage | the same passes through Wan 2.1 1.3B, 480p, H200 | command |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | steps | accuracy [95%] | coverage [95%] | {column} | command |",
+        "|---|---|---|---|---|---|",
     ]
     for row in shown:
-        accuracy, coverage = (_value(row, name) for name in ("accuracy", "coverage"))
-        figures = f"{row['steps']} | {row['evaluations']} | {accuracy} | {coverage} | {_latency(row, seconds)}"
-        lines.append(f"| {row['title']} | {figures} | `--only {row['cell']}` |")
-    command = f"python tools/evidence.py run configs/evidence/{name}.yaml"
-    lines += ["", f"Commands are options of `{command}`; the recipe's page has the rest.", ""]
-    if seconds:
-        lines += [
-            "The last column is arithmetic on measured times: passes times",
-            f"{seconds['dense']:.3f} s (dense, bf16) or {seconds['turbo']:.3f} s (SageSLA at top-k 0.1, int8, CUDA graph), from",
-            f"[`{WAN_TIMES}`](measurements/{WAN_TIMES}); forms that were not timed have none.",
-            "",
-        ]
-    return lines
+        values = " | ".join(_value(row, name) for name in ("accuracy", "coverage", "latency_s"))
+        lines.append(f"| {row['title']} | {row['steps']} | {values} | `{_command(document, row['cell'])}` |")
+    return [*lines, ""]
 
 
-def _latency(row: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
-    kind = row["attention"]["kind"]
-    if not seconds:
-        return ""
-    if kind == "dense" and not row["quantize"]:
-        return f"{row['evaluations'] * seconds['dense']:.2f} s"
-    if kind != "dense" and row["quantize"].get("scheme") == "int8_channel":
-        return f"{row['evaluations'] * seconds['turbo']:.2f} s"
-    return ""
+def _command(document: Mapping[str, Any], cell: str) -> str:
+    """What trains a cell, with all that it needs, and measures its rows."""
+    shipped = f"asset:{document['recipe']}"
+    # Where the matrix trained none, it started from those that ship.
+    given = [f"--{part} {shipped}" for part in ("teacher", "codec") if part not in document.get("base", {})]
+    run = f"python tools/evidence.py run configs/evidence/{document['name']}.yaml"
+    return " ".join([run, *given, f"--only {cell}"])
 
 
-def _wan_seconds(path: Path) -> dict[str, float]:
-    """Seconds of one pass, dense and in Turbo's form; {} where the measurement is not there."""
-    if not path.is_file():
-        return {}
-    times = json.loads(path.read_text(encoding="utf-8"))["forward"]["rows"]
-    turbo = "sage_sla int8_channel, CUDA graph"
-    return {"dense": times["dense"]["median_s"], "turbo": times[turbo]["median_s"]} if turbo in times else {}
+def _about_latency(latencies: Latencies, folder: str) -> list[str]:
+    document = latencies.document
+    if not document:
+        return []
+    settings, device, ratio = document["settings"], document["environment"]["device"], latencies.worst_ratio
+    lines = [
+        "Latency is arithmetic on measured times: the row's passes (guidance takes two a step) times one pass of",
+        f"{settings['variant']} in the row's form (attention, top-k, 8-bit scheme). {document['video']}, one at a time,",
+        f"{settings['dtype']}, random weights, {device}; text encoder and VAE are not in it. Blocks are Wan's 128x64 where the",
+        "small world has 32x32.",
+        f"[`{LATENCIES}`]({folder}/{LATENCIES}) has the times; a form that was not timed has none.",
+    ]
+    if ratio is not None:
+        lines.append(f"Samplings of 4 steps, timed whole as a check, took {ratio:.2f} of it where they differed most.")
+    return [*lines, ""]
 
 
 def _claims(rows: Rows) -> list[str]:
@@ -158,7 +193,7 @@ def _claims(rows: Rows) -> list[str]:
 
 
 def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
-    shown = [(name, title) for name, title in COLUMNS if any(name in row["metrics"] for row in members)]
+    shown = [(name, title) for name, title in COLUMNS if any(_value(row, name) for row in members)]
     lines = [
         f"| method | steps | {' | '.join(title for _, title in shown)} |",
         f"|---|---|{'---|' * len(shown)}",
@@ -178,7 +213,10 @@ def _attributes(members: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _value(row: Mapping[str, Any], name: str) -> str:
-    """`0.951 [0.940, 0.962]`."""
+    """`0.951 [0.940, 0.962]`; `0.55 s`; empty where it was not measured."""
+    if name == "latency_s":
+        seconds = row.get(name)
+        return "" if seconds is None else f"{seconds:.2f} s"
     values = row["metrics"].get(name)
     if not values or values[0] is None:
         return ""
