@@ -246,7 +246,8 @@ class LaunchSection:
     compile: bool = False  # on a GPU, what stands between the linears of a trained network's blocks is compiled
     walltime_minutes: float = 0.0  # save and stop when this process is so old; 0: no limit
     keep_last: int = 2  # training states kept while a stage runs
-    # Besides these the state with the lowest mean of a metric since the one before it, written to <stage>/best/ at the end.
+    # Besides these the last phase's state with the lowest mean of a metric over the `save_every` steps before it, written to
+    # <stage>/best/ at the end.
     keep_best: str = ""
 
 

@@ -31,12 +31,18 @@ def line_role(name: str = "line", optim: OptimSection | None = None, steps: int 
 
 
 class LineTask:
-    """Two lines trained in turn, in `parts` micro-batches; `spoil(step, loss)` may replace a loss."""
+    """Two lines trained in turn, in `parts` micro-batches; `spoil(step, loss)` may replace a loss. phase: of a step."""
 
-    def __init__(self, spoil: Callable[[int, Tensor], Tensor] = lambda step, loss: loss, parts: int = 1) -> None:
+    def __init__(
+        self,
+        spoil: Callable[[int, Tensor], Tensor] = lambda step, loss: loss,
+        parts: int = 1,
+        phase: Callable[[int], str] = lambda step: "",
+    ) -> None:
         self.roles = {"even": line_role("even"), "odd": line_role("odd")}
         self.spoil = spoil
         self.parts = parts
+        self.phase = phase
         self.counted = torch.zeros(())
         self.draws: list[int] = []
 
@@ -50,7 +56,7 @@ class LineTask:
             return Term(self.spoil(step, loss), {"step_twice": 2.0 * step})
 
         points = random.normal("x", (3,)).chunk(self.parts)
-        return Plan(role.name, [lambda x=x: term(x) for x in points], self.parts)
+        return Plan(role.name, [lambda x=x: term(x) for x in points], self.parts, phase=self.phase(step))
 
     def updated(self, role: Role) -> None:
         self.counted += 1

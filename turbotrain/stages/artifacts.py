@@ -127,15 +127,26 @@ def write_model(
 def write_trained(
     context: StageContext, prefix: str, network: WanTransformer, sampler: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the stage's checkpoint from `prefix` of its last training state and, with `launch.keep_best`, that of the best."""
+    """Write the stage's checkpoint from `prefix` of its last training state and, with `launch.keep_best`, that of the best.
+    A best state that cannot be read is reported and left out: what the stage passes on is the last."""
     states = context.folder / "state"
     write_model(context, saved_tensors(states, prefix), network, sampler=sampler)
     wanted, best = context.config.launch.keep_best, best_state(states)
-    if best and best["step"] != saved_steps(states)[-1]:
-        write_model(context, saved_tensors(states, prefix, best["step"]), network, sampler=sampler, best=best)
-    if wanted:
-        found = f"after step {best['step']}, {wanted} {best['value']:.4g}" if best else f"none, no step had {wanted}"
-        context.say(f"best state: {found}")
+    if not wanted:
+        return
+    if not best:
+        context.say(f"best state: none, the last phase has no {wanted} over as many steps as lie between two saves")
+        return
+    context.say(f"best state: after step {best['step']}, {wanted} {best['value']:.4g}")
+    if best["step"] == saved_steps(states)[-1]:
+        return
+    try:
+        tensors = saved_tensors(states, prefix, best["step"])
+    except OSError as error:
+        context.say(f"best state: {error}; only the last one becomes a checkpoint")
+        return
+    best = {key: best[key] for key in ("metric", "step", "value")}
+    write_model(context, tensors, network, sampler=sampler, best=best)
 
 
 def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> Callable[[int], None] | None:

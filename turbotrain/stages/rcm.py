@@ -63,10 +63,11 @@ class RcmTask:
     def plan(self, step: int, draw: int) -> Plan:
         """One loss at a time: the consistency term's graph is gone when the score term's begins."""
         phase, dmd_step = self._phase(step)
+        losses = self._losses(phase, step)
         parts = self.source.at(draw)
         if dmd_step is not None and (dmd_step + 1) % self.section.student_update_freq:
             terms = [partial(self._critic_term, *part) for part in parts]
-            return Plan("critic", terms, len(parts), self.source.reader.metrics, self.work.critic())
+            return Plan("critic", terms, len(parts), self.source.reader.metrics, self.work.critic(), losses)
         terms = []
         for part in parts:
             if phase.cm != "none":
@@ -76,7 +77,7 @@ class RcmTask:
             if dmd_step is not None:
                 terms.append(partial(self._score_term, *part))
         work = self.work.student(phase.cm, dmd_step is not None)
-        return Plan("student", terms, len(parts), self.source.reader.metrics, work)
+        return Plan("student", terms, len(parts), self.source.reader.metrics, work, losses)
 
     def _consistency_term(self, phase: PhaseSection, step: int, batch: Batch, random: StepRandom) -> Term:
         out = self._consistency_loss(phase, step, batch, random, self._student(batch))
@@ -117,6 +118,11 @@ class RcmTask:
                 return phase, step - first if phase.dmd and step >= first else None
             begin += phase.steps
         raise IndexError(f"rcm: step {step} lies after the last phase ({begin} steps)")
+
+    def _losses(self, phase: PhaseSection, step: int) -> str:
+        """Steps whose metrics `launch.keep_best` may compare: those of one phase, its warm-up apart."""
+        warming = phase.cm == "scm" and step < self.section.tangent_warmup
+        return f"{self.section.phases.index(phase)}{' warm-up' * warming}"
 
     def _student(self, batch: Batch) -> Velocity:
         return _bound(self.roles["student"].module, batch)

@@ -46,7 +46,8 @@ class Term:
 class Plan:
     """What a task wants done at one step: `role`'s network updated by the mean over the micro-batches of the sum of losses.
 
-    terms: the losses of all micro-batches. Each is computed only when the graph of the one before it is gone.
+    terms: the losses of all micro-batches. Each is computed only when the graph of the one before it is gone. phase: equal
+    for steps whose metrics measure the same.
     """
 
     role: str
@@ -54,6 +55,7 @@ class Plan:
     micro_batches: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
+    phase: str = ""
 
 
 class Task(Protocol):
@@ -112,7 +114,7 @@ class Progress:
             return False
         self.step, self.detours = found["step"], found["detours"]
         self.guard.load(found["guard"])
-        self.best.load(found.get("best", {}), saved_steps(states))
+        self.best.load(found.get("best", {}), saved_steps(states), self.step)
         for name, role in task.roles.items():
             role.updates = found["updates"][name]
             role.restored()
@@ -137,7 +139,7 @@ def train(
     """
     states = folder / "state"
     writer = StateWriter(states, settings.keep_last)
-    at = Progress(Guard(settings.guard), Best(settings.keep_best))
+    at = Progress(Guard(settings.guard), Best(settings.keep_best, settings.save_every))
     at.restore(states, task)
     bad, saved = 0, at.step
 
@@ -170,7 +172,7 @@ def train(
             step = take_step(task, plan, at.guard, meter, accelerator, asked)
             objection, stop, save_now = step.objection, step.asked["stop"], step.asked["save"]
             log.record(at.step, step.line)
-            at.best.see({} if objection else step.line)
+            at.best.see(at.step, plan.phase, {} if objection else step.line)
             bad = bad + 1 if objection else 0
             at.step += 1
             profiler.step()

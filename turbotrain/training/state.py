@@ -181,18 +181,26 @@ def newest_state(folder: Path) -> Path | None:
 
 def saved_tensors(folder: Path, prefix: str, step: int | None = None) -> dict[str, Tensor]:
     """The whole tensors under `prefix` in the newest state, or in that of `step`, on the CPU: how a sharded network becomes a
-    checkpoint."""
+    checkpoint.
+
+    Raises:
+        OSError: no state, or one that is damaged.
+    """
     state = newest_state(folder) if step is None else folder / f"{PREFIX}{step:08d}"
     if state is None:
         raise FileNotFoundError(f"{folder}: no training state to take {prefix} from")
-    with SavedPieces([state / name for name in _description(state)["files"]]) as saved:
-        return saved.whole(prefix)
+    try:
+        with SavedPieces([state / name for name in _description(state)["files"]]) as saved:
+            return saved.whole(prefix)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise OSError(f"{state}: damaged ({error})") from error
 
 
 def best_state(folder: Path) -> dict[str, Any]:
-    """What the newest state says of the best: {"metric", "step", "value"}, or {}."""
+    """What the newest state says of the best: {"metric", "step", "value"} and how it was found, or {}."""
     newest = newest_state(folder)
-    return {} if newest is None else _description(newest).get("best", {})
+    said = {} if newest is None else _description(newest).get("best", {})
+    return said if "step" in said else {}
 
 
 def saved_steps(folder: Path) -> list[int]:
