@@ -63,6 +63,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _say(line: str) -> None:
+    """In one write: several threads speak."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     commands = {"run": _run, "measure": _measure, "latency": _latency, "render": _render}
@@ -94,9 +100,7 @@ def _run(options: argparse.Namespace) -> int:
     tasks = plan(folders, train, measure, options.overrides, options.only)
     total = len(matrix.rows)
     print(f"{matrix.name}: {len(tasks)} tasks for {total} rows in {root}", flush=True)
-    outcome = run_tasks(
-        tasks, options.gpus.split(","), options.per_gpu, options.minutes, lambda line: print(line, flush=True)
-    )
+    outcome = run_tasks(tasks, options.gpus.split(","), options.per_gpu, options.minutes, _say)
     results = collect(folders)
     write_json(options.json or root / "evidence.json", results)
     print(f"{len(results['rows'])} of {total} rows: {options.json or root / 'evidence.json'}")
@@ -121,7 +125,7 @@ def _measure(options: argparse.Namespace) -> int:
     config = load_config([f"recipe={matrix.recipe}", *matrix.common, *overrides])
     on_gpu = torch.cuda.is_available() and config.launch.device != "cpu"
     bench = Bench(folders, config, torch.device("cuda" if on_gpu else "cpu"))
-    measure_cell(bench, matrix.cell(options.cell), options.row, lambda line: print(line, flush=True))
+    measure_cell(bench, matrix.cell(options.cell), options.row, _say)
     return DONE
 
 
@@ -162,7 +166,7 @@ def _latency(options: argparse.Namespace) -> int:
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         lambda document: write_json(options.json, {**about, **document}),
         minutes=options.minutes,
-        say=lambda line: print(line, flush=True),
+        say=_say,
     )
     for sampling in document["samplings"]:
         print("{mode}, {steps} steps of {form}: {ratio:.3f} of passes x time of one".format(**sampling))

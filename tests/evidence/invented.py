@@ -57,11 +57,11 @@ def _row(matrix: Matrix, cell: Cell, row: Row, draw: random.Random) -> dict[str,
     topk = next((float(said.split("=")[1]) for said in cell.train if said.startswith("attention.topk=")), SLA.topk)
     own = AttentionConfig() if is_dense else dataclasses.replace(SLA, topk=topk)
     attention = AttentionConfig.from_dict(row.attention, own)
+    if row.layer_budget:
+        attention = dataclasses.replace(attention, layer_topk=(0.05, 0.05, 0.1, 0.15))
     accuracy = 0.97 - draw.random() * 0.3 / row.evaluations
     values = {"accuracy": accuracy, "coverage": accuracy - 0.1, "motion": accuracy, "psnr": 20 + 10 * accuracy}
     facts: dict[str, Any] = {}
-    if row.layer_budget:
-        facts["layer_topks"] = [0.05, 0.05, 0.1, 0.15]
     if row.mass:
         curve = [0.3, 0.5, 0.6, 0.7, 0.8, 0.93, 1.0]
         layers = [[[min(1.0, share + 0.02 * layer) for share in curve]] * 4 for layer in range(4)]

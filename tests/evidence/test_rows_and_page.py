@@ -66,7 +66,7 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
     assert set(found["s2"]["metrics"]) == METRICS
     assert set(found["sparse"]["metrics"]) == METRICS | {"psnr", "ssim"}
     assert found["sparse"]["clips"] == 4
-    assert sum(found["sparse"]["facts"]["layer_topks"]) / 4 <= 0.25
+    assert sum(found["sparse"]["attention"]["layer_topk"]) / 4 <= 0.25
     document = collect(folders)
     assert [row["row"] for row in document["rows"]] == ["s2"]
     assert document["environment"]["torch"] == torch.__version__

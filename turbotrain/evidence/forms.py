@@ -52,6 +52,7 @@ def form_of(attention: AttentionConfig, quantize: Mapping[str, Any]) -> Form | N
     smooth = scheme not in ("", "int8_block128") and bool(quantize.get("smooth", True))
     if not attention.is_sparse:
         return Form(AttentionConfig(), scheme, smooth)
+    attention = dataclasses.replace(attention, layer_topk=())  # topk stays: their mean
     if min(attention.block_q, attention.block_k) < min(WAN_BLOCKS):
         attention = dataclasses.replace(attention, block_q=WAN_BLOCKS[0], block_k=WAN_BLOCKS[1])
     return Form(attention, scheme, smooth)
@@ -116,11 +117,11 @@ class Latencies:
 
         A network whose layers have a top-k each counts as one of their mean, or of the next larger one that was timed.
         """
-        form = form_of(AttentionConfig.from_dict(row["attention"]), row.get("quantize") or {})
+        attention = AttentionConfig.from_dict(row["attention"])
+        form = form_of(attention, row.get("quantize") or {})
         if form is None:
             return None
-        topks = row.get("facts", {}).get("layer_topks")
-        seconds = self._at_least(form, sum(topks) / len(topks)) if topks else self.seconds.get(form.name)
+        seconds = self._at_least(form) if attention.layer_topk else self.seconds.get(form.name)
         return None if seconds is None else row["evaluations"] * seconds
 
     @property
@@ -129,10 +130,10 @@ class Latencies:
         ratios = [sampling["ratio"] for sampling in self.document.get("samplings", [])]
         return max(ratios, key=lambda ratio: abs(ratio - 1), default=None)
 
-    def _at_least(self, form: Form, topk: float) -> float | None:
-        """Of the forms that were timed and differ from this one in top-k alone: the one with the smallest from `topk` on."""
+    def _at_least(self, form: Form) -> float | None:
+        """Of the forms that were timed and differ from this one in top-k alone: the one with the smallest from its own on."""
         timed = {value["form"]["attention"]["topk"] for value in self.document.get("forms", {}).values()}
-        for larger in sorted(value for value in timed if value >= topk - 1e-6):
+        for larger in sorted(value for value in timed if value >= form.attention.topk - 1e-6):
             attention = dataclasses.replace(form.attention, topk=larger)
             if (seconds := self.seconds.get(dataclasses.replace(form, attention=attention).name)) is not None:
                 return seconds

@@ -178,7 +178,6 @@ def build(bench: Bench, cell: Cell, row: Row) -> tuple[WanTransformer, dict[str,
         if row.layer_budget:
             chosen = share_out(mass, LAYER_TOPKS, row.layer_budget)
             network.set_attention(AttentionConfig.from_dict({"layer_topk": chosen}, network.attention_config))
-            facts["layer_topks"] = chosen
     if row.quantize:
         facts.update(_quantize(bench, network, row))
     network.set_weight_dtype(bench.dtype)
