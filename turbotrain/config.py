@@ -190,6 +190,16 @@ class MergeSection:
 
 
 @dataclass
+class QuantTuneSection:
+    """Quantisation-aware fine-tuning: the quantised network learns the float one's velocities on the Turbo sampler's steps."""
+
+    steps: int = 0  # 0: weights are quantised as they are
+    lr: float = 1e-5  # of AdamW; a cosine takes it to 0
+    batch_size: int = 8  # sampling steps
+    prompts: int = 64  # of the training split, from its start
+
+
+@dataclass
 class QuantizeSection:
     scheme: str = "int8_channel"
     smooth: bool = True
@@ -201,6 +211,7 @@ class QuantizeSection:
     target_error: float = (
         0.0  # of the latents: the linears that cause most of it stay in float until the rest is foretold less
     )
+    finetune: QuantTuneSection = field(default_factory=QuantTuneSection)
 
 
 @dataclass

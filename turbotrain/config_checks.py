@@ -333,6 +333,12 @@ def _check_quantize(quantize: QuantizeSection) -> None:
     _at_least("quantize.held_out_prompts", quantize.held_out_prompts, 1)
     _between("quantize.steps", quantize.steps, 1, 4)
     _at_least("quantize.target_error", quantize.target_error, 0)
+    finetune = quantize.finetune
+    _at_least("quantize.finetune.steps", finetune.steps, 0)
+    for name in ("batch_size", "prompts"):
+        _at_least(f"quantize.finetune.{name}", getattr(finetune, name), 1)
+    if not 0 < finetune.lr < 1:
+        reject("quantize.finetune.lr", finetune.lr, "a learning rate in (0, 1)")
 
 
 def _check_evaluate(evaluate: EvaluateSection) -> None:

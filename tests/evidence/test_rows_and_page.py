@@ -79,12 +79,15 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
 
 
 def test_quantised_rows_say_what_it_cost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CALIBRATION", "HELD_OUT"):
+    for name in ("CALIBRATION", "HELD_OUT", "FINETUNE"):
         monkeypatch.setattr(rows, name, 1)
-    row = Row("mixed", 4, quantize={"scheme": "int8_channel", "smooth": False, "target_error": 0.01})
+    options = {"scheme": "int8_channel", "smooth": False, "target_error": 0.01, "finetune": 1}
+    row = Row("mixed", 4, quantize=options)
     network, facts = build(bench, dataclasses.replace(bench.folders.matrix.cells[0], rows=(row,)), row)
     assert 0 < len(facts["kept_float"]) < len(facts["sensitivity"])
     assert facts["latent_error"] < predicted_error(facts["sensitivity"])
+    assert (facts["finetune"]["steps"], facts["finetune"]["passes"]) == (1, 4)
+    assert facts["latent_error"] <= facts["finetune"]["latent_error_before"]
     assert set(facts["sqnr_db"]) == set(facts["sensitivity"])
     kept = facts["kept_float"][0]
     assert isinstance(network.get_submodule(kept), torch.nn.Linear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,18 @@ def test_a_target_of_quantisation_keeps_layers_in_float_and_the_checkpoint_says_
 ) -> None:
     quick = ["sla.steps=1", "rcm.phases=[{cm: scm, dmd: false, steps: 1}]", "stages=[sla,rcm,quantize]"]
     calibrated = ["quantize.prompts=1", "quantize.held_out_prompts=1", "quantize.steps=1", "quantize.smooth=false"]
-    assert train_here(*arguments(world, tmp_path, *quick, *calibrated, "quantize.target_error=2e-4")) == 0
+    tuned = ["quantize.finetune.steps=2", "quantize.finetune.prompts=2", "quantize.finetune.batch_size=1"]
+    assert train_here(*arguments(world, tmp_path, *quick, *calibrated, *tuned, "quantize.target_error=2e-4")) == 0
     checkpoint = tmp_path / "run" / "quantize" / "checkpoint"
     recorded = read_meta(checkpoint).quantization
     assert recorded is not None
     assert recorded["kept_float"]
     assert recorded["layers"]
     assert all("wanted 0.0002" in reason for reason in recorded["kept_float"].values())
+    assert recorded["finetune"]["steps"] == recorded["finetune"]["passes"] == 2
+    assert recorded["latent_error"] <= recorded["finetune"]["latent_error_before"]
+    report = json.loads((checkpoint.parent / "report.json").read_text())
+    assert report["finetune"] == recorded["finetune"]
     network = load_transformer(checkpoint)
     kinds = {
         name: type(network.get_submodule(name)).__name__ for name in (*recorded["kept_float"], *recorded["layers"])

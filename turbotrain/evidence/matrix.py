@@ -16,7 +16,7 @@ from turbotrain.compose import UsageError
 
 TEACHER = "teacher"
 SAMPLERS = ("teacher", "turbo")
-QUANTIZE = ("scheme", "smooth", "weights_only", "target_error")
+QUANTIZE = ("scheme", "smooth", "weights_only", "target_error", "finetune")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REFERENCE = re.compile(r"<([A-Za-z0-9_.-]+)>")  # another cell's checkpoint inside an override
 
@@ -29,8 +29,8 @@ class Row:
         label: what tables call it; empty: the cell's title.
         attention: fields of `AttentionConfig` that replace the network's own. layer_budget: mean top-k that is shared out
             over the layers by the attention mass that they keep.
-        quantize: {scheme, smooth, weights_only, target_error}: quantised as calibration does, or only its weights; as many
-            linears stay in float as a target of relative latent error takes.
+        quantize: {scheme, smooth, weights_only, target_error, finetune}: quantised as calibration does, or only its weights; as
+            many linears stay in float as a target of relative latent error takes; fine-tuned for so many steps.
         mass: measure the attention mass kept, and note it. settings: more for `TurboPipeline.sample`.
     """
 
@@ -208,3 +208,12 @@ def _check_cell(cell: Cell, seen: set[str]) -> None:
         extra = sorted(set(row.quantize) - set(QUANTIZE))
         if extra:
             raise UsageError(f"{where}.quantize: has no field {', '.join(extra)}; its fields are {', '.join(QUANTIZE)}")
+        steps = row.quantize.get("finetune", 0)
+        if not isinstance(steps, int) or steps < 0:
+            raise UsageError(f"{where}.quantize.finetune={steps!r}: a number of steps, or 0 for none")
+        if steps and row.quantize.get("weights_only"):
+            raise UsageError(
+                f"{where}.quantize.finetune={steps}: goes without weights_only, which rounds and nothing more"
+            )
+        if steps and row.attention.get("kind") == "sage_sla":
+            raise UsageError(f"{where}.quantize.finetune={steps}: sage_sla attention has no gradient; take kind: sla")

@@ -38,12 +38,13 @@ from turbotrain.model.attention_config import LAYER_TOPKS, AttentionConfig
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
-from turbotrain.quant import DEFAULT_ALPHAS, quantize_transformer
+from turbotrain.quant import DEFAULT_ALPHAS, Finetune, quantize_transformer
 from turbotrain.quant.sites import block_linears
 from turbotrain.records import write_json
 
-# Prompts of the training split: to calibrate, to measure the error that is left (and sensitive layers), to see attention.
-CALIBRATION, HELD_OUT, MASS_CLIPS = 16, 8, 2
+# Prompts of the training split: to calibrate, to measure the error that is left (and sensitive layers), to fine-tune, to see
+# attention.
+CALIBRATION, HELD_OUT, FINETUNE, MASS_CLIPS = 16, 8, 64, 2
 CALIBRATION_SEED = 10**6  # no clip of a trial draws this noise
 
 
@@ -211,19 +212,22 @@ def _quantize(bench: Bench, network: WanTransformer, row: Row) -> dict[str, Any]
     if options.get("weights_only"):
         _round_weights(network, scheme)
         return {"scheme": scheme, "weights_only": True}
-    calls = list(calibration_calls(bench, CALIBRATION + HELD_OUT))
+    steps = options.get("finetune", 0)
+    calls = list(calibration_calls(bench, CALIBRATION + HELD_OUT + (FINETUNE if steps else 0)))
     report = quantize_transformer(
         network,
         calls[:CALIBRATION],
-        calls[CALIBRATION:],
+        calls[CALIBRATION : CALIBRATION + HELD_OUT],
         scheme=scheme,
         alphas=DEFAULT_ALPHAS if options.get("smooth", True) else (),
         target_error=options.get("target_error", 0.0),
         seed=bench.config.seed,
+        finetune=Finetune(calls[CALIBRATION + HELD_OUT :], steps) if steps else None,
     )
     return {
         "scheme": scheme,
         "latent_error": report.mean_latent_error,
+        "finetune": report.finetune,
         "kept_float": [layer.name for layer in report.layers if layer.kept_float is not None],
         "sensitivity": report.sensitivity,
         "sqnr_db": {

@@ -2,6 +2,7 @@
 
 from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose
 from turbotrain.quant.export import QuantizationReport, apply_plan, quantize_transformer
+from turbotrain.quant.finetune import Finetune
 from turbotrain.quant.observe import ForwardCall, InputStats, observe
 from turbotrain.quant.sensitivity import float_layers, latent_error, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import SITES, Site, fold, model_sites
@@ -9,6 +10,7 @@ from turbotrain.quant.sites import SITES, Site, fold, model_sites
 __all__ = [
     "DEFAULT_ALPHAS",
     "SITES",
+    "Finetune",
     "ForwardCall",
     "InputStats",
     "LayerReport",

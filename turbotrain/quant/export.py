@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from torch import nn
 
 from turbotrain.model.quant_linear import QuantLinear
 from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose, sqnr_db
+from turbotrain.quant.finetune import Finetune, finetune_quantised, record_passes
 from turbotrain.quant.observe import ForwardCall, observe
 from turbotrain.quant.sensitivity import float_layers, latent_error, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import fold, model_sites
@@ -22,16 +25,19 @@ PROBES = 8  # calibration calls that tell how much each linear bears; the held-o
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """layers: every block linear. latent_errors: |quantised - float| / |float| of each held-out call's output. sensitivity: the
-    error of each linear alone, where a target was to be met."""
+    """layers: every block linear, as calibration found it. latent_errors: |quantised - float| / |float| of each held-out call's
+    output. sensitivity: the error of each linear alone, where a target was to be met. finetune: None where the weights were not
+    fine-tuned, else {"steps", "lr", "batch_size", "passes", "latent_error_before", "latent_error_after", "kept"}; kept says
+    whether the tuned weights are the ones that came out."""
 
     scheme: str
     layers: list[LayerReport]
     latent_errors: list[float]
     sensitivity: dict[str, float] = field(default_factory=dict)
+    finetune: dict[str, Any] | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """The `quantization` entry of a checkpoint's metadata: {"scheme", "layers", "kept_float", "latent_error"}.
+        """The `quantization` entry of a checkpoint's metadata: {"scheme", "layers", "kept_float", "latent_error", "finetune"}.
 
         layers: {name: {"scheme", "alpha", "sqnr_db"}} of the quantised linears; kept_float: {name: reason}.
         """
@@ -44,6 +50,7 @@ class QuantizationReport:
             },
             "kept_float": {layer.name: layer.kept_float for layer in self.layers if layer.kept_float is not None},
             "latent_error": self.mean_latent_error,
+            "finetune": self.finetune,
         }
 
     @property
@@ -53,7 +60,7 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for report.json: {"scheme", "layers": [...], "latent_errors": [...], "latent_error",
-        "latent_sqnr_db", "sensitivity"}.
+        "latent_sqnr_db", "sensitivity", "finetune"}.
         """
         error = self.mean_latent_error
         return {
@@ -63,20 +70,25 @@ class QuantizationReport:
             "latent_error": error,
             "latent_sqnr_db": None if error is None else sqnr_db(statistics.fmean(e * e for e in self.latent_errors)),
             "sensitivity": self.sensitivity,
+            "finetune": self.finetune,
         }
 
 
 @torch.no_grad()
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
-    """Fold the plan's vectors and put QuantLinear in the place of every linear that it quantises, in place."""
-    quantised = {layer.name for layer in plan.layers if layer.kept_float is None}
-    sites = list(model_sites(model))
-    for block_name, block, site in sites:
+def fold_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Fold the plan's vectors, in place: a float model that computes what it did. `layer` vectors wait for `apply_plan`."""
+    for block_name, block, site in model_sites(model):
         vector = plan.vectors.get(f"{block_name}.{site.linears[0]}")
         if vector is not None and site.fold != "layer":
             fold(block, site, vector)
-    # After every fold: o's changes the rows of v.
-    for block_name, block, site in sites:
+    return model
+
+
+@torch.no_grad()
+def quantize_folded(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put QuantLinear in the place of every linear that the plan quantises, in place, after `fold_plan`."""
+    quantised = {layer.name for layer in plan.layers if layer.kept_float is None}
+    for block_name, block, site in list(model_sites(model)):
         for name in site.linears:
             if f"{block_name}.{name}" not in quantised:
                 continue
@@ -85,6 +97,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
             assert isinstance(linear, nn.Linear)
             block.set_submodule(name, QuantLinear.from_linear(linear, plan.scheme, vector))
     return model
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Fold the plan's vectors and put QuantLinear in the place of every linear that it quantises, in place."""
+    # After every fold: o's changes the rows of v.
+    return quantize_folded(fold_plan(model, plan), plan)
 
 
 @torch.no_grad()
@@ -99,6 +117,7 @@ def quantize_transformer(
     target_error: float = 0.0,
     max_rows: int = 256,
     seed: int = 0,
+    finetune: Finetune | None = None,
 ) -> QuantizationReport:
     """Calibrate and quantise every block linear of a WanTransformer except P, in place; the report says what was done.
 
@@ -107,16 +126,45 @@ def quantize_transformer(
     SmoothQuant exponents to try, () for none. min_sqnr_db: a linear whose output stays below it is kept in float.
     target_error: relative error of the latents that is wanted; as many linears stay in float as the errors of the others
     foretell (see `sensitivity`); 0: none for this reason. It takes a pass of the last PROBES of `calls`, which must return the
-    latent then, for every linear. max_rows: inputs sampled per linear.
-    Errors: ValueError from calibration (see `observe`, `choose`, `layer_sensitivity`). The model is unchanged if one is raised.
+    latent then, for every linear. max_rows: inputs sampled per linear. finetune: the weights that are quantised are fine-tuned
+    afterwards; where that does not lower the mean error of `held_out`, the untuned ones stay, and the report says so.
+    Errors: ValueError from calibration (see `observe`, `choose`, `layer_sensitivity`), and for a fine-tuning that no held-out
+    call can judge. The model is unchanged if one is raised before its weights are quantised.
     Source: method.md section 7; SmoothQuant, arXiv 2211.10438.
     """
+    if finetune is not None and not held_out:
+        raise ValueError("held_out is empty: whether fine-tuning helped is judged on calls that it never saw")
     calls = list(calls)
     references = [call(model) for call in held_out]
     errors = layer_sensitivity(model, calls[-PROBES:], scheme) if target_error else {}
     reason = f"of those that cause most of a latent error of {predicted_error(errors):.4f}, wanted {target_error:g}"
     keep = dict.fromkeys(float_layers(errors, target_error), reason)
     plan = choose(model, observe(model, calls, max_rows, seed), scheme, alphas, min_sqnr_db, keep)
-    apply_plan(model, plan)
-    left = [latent_error(call(model), reference) for call, reference in zip(held_out, references)]
-    return QuantizationReport(scheme, plan.layers, left, errors)
+    passes = [] if finetune is None else record_passes(model, finetune.calls)
+    fold_plan(model, plan)
+    folded = None if finetune is None else copy.deepcopy(model)
+    quantize_folded(model, plan)
+
+    def left() -> list[float]:
+        return [latent_error(call(model), reference) for call, reference in zip(held_out, references)]
+
+    before = left()
+    if finetune is None or folded is None:
+        return QuantizationReport(scheme, plan.layers, before, errors)
+    untuned = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(finetune_quantised(folded, model, passes, finetune, seed))
+    after = left()
+    means = statistics.fmean(before), statistics.fmean(after)
+    kept = means[1] < means[0]  # false for NaN as well
+    if not kept:
+        model.load_state_dict(untuned)
+    said = {
+        "steps": finetune.steps,
+        "lr": finetune.lr,
+        "batch_size": finetune.batch_size,
+        "passes": len(passes),
+        "latent_error_before": means[0],
+        "latent_error_after": means[1] if math.isfinite(means[1]) else None,
+        "kept": kept,
+    }
+    return QuantizationReport(scheme, plan.layers, after if kept else before, errors, said)

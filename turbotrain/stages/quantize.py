@@ -1,8 +1,8 @@
 """Quantize stage: the distilled network to W8A8, calibrated on the very steps that the Turbo sampler takes (method: W8A8).
 
-Prompts come from the training shards: the first calibrate, the last measure the error that is left. Of two experts
-(`model.expert=both`) each sees the steps on its own side of the boundary: the high-noise one first, then the low-noise one
-with what the quantised other hands over.
+Prompts come from the training shards: the first calibrate (and fine-tune), the last measure the error that is left. Of two
+experts (`model.expert=both`) each sees the steps on its own side of the boundary: the high-noise one first, then the low-noise
+one with what the quantised other hands over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from turbotrain.checkpoint import load_transformer
 from turbotrain.config import BOTH
 from turbotrain.data.latents import Batch, LatentDataset
 from turbotrain.diffusion.samplers import draw_noise, sample_turbo, seeded_generators
-from turbotrain.quant import QuantizationReport, latent_error, quantize_transformer
+from turbotrain.quant import Finetune, QuantizationReport, latent_error, quantize_transformer
 from turbotrain.records import write_json
 from turbotrain.sampling import network_velocity
 from turbotrain.stages.artifacts import sampler_settings, write_model
@@ -31,14 +31,15 @@ SampleCall = Callable[[Sequence[nn.Module]], Tensor]
 
 
 def run(context: StageContext) -> dict[str, object]:
-    section = context.config.quantize
+    section, launch = context.config.quantize, context.config.launch
     dataset = context.dataset()
-    wanted = section.prompts + section.held_out_prompts
-    if len(dataset) < wanted:
-        raise ValueError(
-            f"quantize.prompts={section.prompts} with held_out_prompts={section.held_out_prompts}: the data set holds only "
-            f"{len(dataset)} prompts; lower them, or raise data.count"
-        )
+    tuning = section.finetune if section.finetune.steps else None
+    for name, count in (("prompts", section.prompts), ("finetune.prompts", tuning.prompts if tuning else 0)):
+        if len(dataset) < count + section.held_out_prompts:
+            raise ValueError(
+                f"quantize.{name}={count} with held_out_prompts={section.held_out_prompts}: the data set holds only "
+                f"{len(dataset)} prompts; lower them, or raise data.count"
+            )
     experts = context.variant.experts if context.config.model.expert == BOTH else ("",)
     for expert in filter(None, experts):
         if not times_within(time_range(context.variant, expert), _times(context)):
@@ -46,16 +47,23 @@ def run(context: StageContext) -> dict[str, object]:
                 f"quantize.steps={section.steps}: none of them is the {expert}-noise expert's; calibrate with more"
             )
     # What will be sampled in bf16 is calibrated in bf16; two experts of 14B then lie on one GPU of 80 GB together.
-    dtype = torch.bfloat16 if context.config.launch.mixed_precision == "bf16" else None
+    dtype = torch.bfloat16 if launch.mixed_precision == "bf16" else None
     networks = [
-        load_transformer(context.inputs[expert or "student"], device=context.device, dtype=dtype).eval()
+        load_transformer(context.inputs[expert or "student"], device=context.device, dtype=dtype)
+        .enable_activation_checkpointing(launch.activation_checkpointing, launch.checkpoint_every)
+        .eval()
         for expert in experts
     ]
     calls = list(_calls(context, dataset, range(section.prompts)))
+    tuning_calls = list(_calls(context, dataset, range(tuning.prompts))) if tuning else []
     held_out = list(_calls(context, dataset, range(len(dataset) - section.held_out_prompts, len(dataset))))
     floating = [call(networks) for call in held_out] if len(experts) > 1 else []
     reports: dict[str, QuantizationReport] = {}
     for place, expert in enumerate(experts):
+        finetune = None
+        if tuning:
+            learnt = [_of_one(call, networks, place) for call in tuning_calls]
+            finetune = Finetune(learnt, tuning.steps, tuning.lr, tuning.batch_size)
         reports[expert] = quantize_transformer(
             networks[place],
             [_of_one(call, networks, place) for call in calls],
@@ -65,6 +73,7 @@ def run(context: StageContext) -> dict[str, object]:
             min_sqnr_db=section.min_sqnr_db,
             target_error=section.target_error,
             seed=derive_seed(context.seed, "calibration", *([place] if expert else [])),
+            finetune=finetune,
         )
     errors = [latent_error(call(networks), before) for call, before in zip(held_out, floating)]
     said = _summary(reports, errors)
@@ -78,8 +87,19 @@ def run(context: StageContext) -> dict[str, object]:
             quantization=report.metadata(),
             expert=expert,
         )
+    for expert, report in reports.items():
+        if (said_of := report.finetune) is not None:
+            context.say(_tuning_line(expert, said_of))
     context.say(f"latent error {said['latent_error']:.4f} (relative), report in {context.folder / 'report.json'}")
     return {"latent_error": said["latent_error"], "scheme": section.scheme}
+
+
+def _tuning_line(expert: str, said: dict[str, Any]) -> str:
+    name = f"{expert}-noise expert: fine-tuning" if expert else "fine-tuning"
+    change = f"latent error {said['latent_error_before']} -> {said['latent_error_after']}"
+    return (
+        f"{name}, {said['steps']} steps: {change}; {'kept' if said['kept'] else 'NOT kept: the untuned weights stay'}"
+    )
 
 
 def _summary(reports: dict[str, QuantizationReport], errors: list[float]) -> dict[str, Any]:
