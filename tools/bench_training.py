@@ -347,7 +347,7 @@ def about(config: Config, accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "variant": config.model.variant,
         "latent_shape": list(context.latent_shape),
-        "tokens": context.work(1, {}).tokens,
+        "tokens": context.work(1).tokens,
     }
 
 

@@ -27,12 +27,24 @@ from turbotrain.model.variants import VARIANTS, Variant
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.experts import HIGH, Range, time_range
 from turbotrain.stages.loading import BatchReader
-from turbotrain.training.flops import forward_flops, tangent_flops
+from turbotrain.training.flops import backward_flops, forward_flops, tangent_flops
 from turbotrain.training.loop import LoopSettings
 from turbotrain.training.meter import Work
 from turbotrain.training.parallel import data_share, make_frozen, make_role
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom, derive_seed
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a step asks one network: forward passes, of which so many with tangents, and backward passes. trained: the
+    network is a trained one (with `lora.rank` it has an adapter)."""
+
+    attention: AttentionConfig
+    forward: float
+    backward: float = 0.0
+    tangents: float = 0.0
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,17 +152,15 @@ class StageContext:
             network.set_attention(dataclasses.replace(network.attention_config, kind=attention))
         return self._freeze(network, scheme)
 
-    def work(
-        self,
-        batch_size: int,
-        passes: Mapping[AttentionConfig, float],
-        tangents: Mapping[AttentionConfig, float] | None = None,
-    ) -> Work:
-        """What a step has to do that takes `passes` forward passes (a backward pass counts as two) with each attention, and
-        `tangents` of them beside."""
+    def work(self, batch_size: int, *passes: Passes) -> Work:
+        """What a step has to do that asks networks for `passes` of every sample."""
         config, grid = self.variant.config, self.latent_shape[1:]
-        per_sample = sum(count * forward_flops(config, attention, grid) for attention, count in passes.items())
-        per_sample += sum(count * tangent_flops(config, kind, grid) for kind, count in (tangents or {}).items())
+        per_sample = 0.0
+        for ask in passes:
+            lora = self.config.lora if ask.trained and self.config.lora.rank else None
+            per_sample += ask.forward * forward_flops(config, ask.attention, grid, lora)
+            per_sample += ask.backward * backward_flops(config, ask.attention, grid, lora)
+            per_sample += ask.tangents * tangent_flops(config, ask.attention, grid, lora)
         tokens = math.prod(n // p for n, p in zip(grid, self.variant.config.patch_size))
         return Work(tokens * batch_size, per_sample * batch_size)
 

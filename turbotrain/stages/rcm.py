@@ -27,7 +27,7 @@ from turbotrain.stages.artifacts import (
     sampler_settings,
     write_trained,
 )
-from turbotrain.stages.context import BatchSource, StageContext, draw_times
+from turbotrain.stages.context import BatchSource, Passes, StageContext, draw_times
 from turbotrain.stages.experts import grid_range, times_within
 from turbotrain.stages.lora import after_sla, trainable
 from turbotrain.training.ema import PowerEMA
@@ -223,29 +223,28 @@ class RcmTask:
 
 
 class StepWork:
-    """What each kind of step has to do, in forward passes (forward and backward: three). The teacher answers twice, with and
-    without the prompt; a discrete step asks the student twice; simulated samples take 0 to 3 passes before the last."""
+    """What each kind of step has to do. The teacher answers twice, with and without the prompt; a discrete step asks the student
+    twice; simulated samples take 0 to 3 passes before the last."""
 
     def __init__(self, context: StageContext, attention: AttentionConfig, teacher: AttentionConfig) -> None:
         self.context, self.attention, self.of_teacher = context, attention, teacher
         self.teacher = 1.0 if context.guidance == 1 else 2.0
+        self.simulated = (SIMULATION_STEPS - 1) / 2
 
     def student(self, cm: str, dmd: bool) -> Work:
-        passes = {"scm": 3.0, "dcm": 4.0, "none": 0.0}[cm]
-        teacher = self.teacher if cm != "none" else 0.0
-        if dmd:
-            passes += 3.0 + (SIMULATION_STEPS - 1) / 2
-            teacher += self.teacher
-        return self._work(passes, teacher, 1.0 if dmd else 0.0, 1.0 if cm == "scm" else 0.0)
+        forward = {"scm": 1.0, "dcm": 2.0, "none": 0.0}[cm] + (1.0 + self.simulated if dmd else 0.0)
+        losses = (cm != "none") + dmd
+        return self._work(
+            Passes(self.attention, forward, losses, tangents=float(cm == "scm")),
+            Passes(self.of_teacher, self.teacher * losses, trained=False),
+            Passes(AttentionConfig(), float(dmd)),
+        )
 
     def critic(self) -> Work:
-        return self._work(1.0 + (SIMULATION_STEPS - 1) / 2, 0.0, 3.0)
+        return self._work(Passes(self.attention, 1.0 + self.simulated), Passes(AttentionConfig(), 1.0, 1.0))
 
-    def _work(self, student: float, teacher: float, critic: float, tangents: float = 0.0) -> Work:
-        passes: dict[AttentionConfig, float] = {}
-        for attention, count in ((self.attention, student), (self.of_teacher, teacher), (AttentionConfig(), critic)):
-            passes[attention] = passes.get(attention, 0.0) + count
-        return self.context.work(self.context.config.rcm.batch_size, passes, {self.attention: tangents})
+    def _work(self, *passes: Passes) -> Work:
+        return self.context.work(self.context.config.rcm.batch_size, *passes)
 
 
 def _bound(network: nn.Module, batch: Batch) -> BoundVelocity:

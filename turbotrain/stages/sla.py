@@ -17,7 +17,7 @@ from turbotrain.losses import flow_matching, sla_alignment
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import attention_config, sample_strips, write_trained
-from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
+from turbotrain.stages.context import BatchSource, Passes, StageContext, draw_times, drop_captions
 from turbotrain.stages.layer_budget import within_budget
 from turbotrain.stages.lora import trainable
 from turbotrain.training.loop import Plan, Term, train
@@ -40,10 +40,12 @@ class SlaTask:
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         if not section.linear_branch:
             _hold_at_zero(self.network)
-        passes = {self.network.attention_config: 3.0}
-        if section.objective == "white_box":
-            passes[AttentionConfig()] = 1.0
-        self.work = context.work(section.batch_size, passes)
+        asked_teacher = 1.0 if section.objective == "white_box" else 0.0
+        self.work = context.work(
+            section.batch_size,
+            Passes(self.network.attention_config, 1.0, 1.0),
+            Passes(AttentionConfig(), asked_teacher, trained=False),
+        )
 
     def plan(self, step: int, draw: int) -> Plan:
         parts = self.source.at(draw)

@@ -11,7 +11,7 @@ from turbotrain.diffusion.velocity import bind
 from turbotrain.losses import flow_matching
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import sample_strips, write_trained
-from turbotrain.stages.context import BatchSource, StageContext, draw_times, drop_captions
+from turbotrain.stages.context import BatchSource, Passes, StageContext, draw_times, drop_captions
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.parallel import capture
@@ -36,7 +36,7 @@ class TeacherTask:
         role = context.role("teacher", self.network, section.optim, section.steps)
         self.roles = {"teacher": role}
         self.average = PowerEMA(role.weights(), rate=section.ema_rate)
-        self.work = context.work(section.batch_size, {self.network.attention_config: 3.0})
+        self.work = context.work(section.batch_size, Passes(self.network.attention_config, 1.0, 1.0))
 
     def plan(self, step: int, draw: int) -> Plan:
         parts = self.source.at(draw)
