@@ -4,7 +4,7 @@
     python tools/merge.py --base Wan2.2-I2V-A14B/ --target rCM.pth --anchor Wan2.1-T2V-14B/ --weight high=4.0 low=1.0 \\
         --keep '^patch_embedding' --output merged/
 
-or a LoRA, W = base + w (B A):
+or a LoRA, W = base + w (B A), with P of SLA moved by w of its way from the base's (zero where it has none) to the adapter's:
 
     python tools/merge.py --base Wan2.1-T2V-14B/ --lora outputs/run/rcm/lora/pytorch_lora_weights.safetensors -o student/
 

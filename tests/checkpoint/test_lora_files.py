@@ -120,12 +120,7 @@ def test_an_sla_adapter_brings_its_projections_and_its_attention(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make("dense", tmp_path / "base")
-    projections = {
-        f"blocks.{n}.self_attn.attn_op.local_attn.proj_l.{leaf}": torch.full(shape, 0.25)
-        for n in range(CONFIG.num_layers)
-        for leaf, shape in (("weight", (128, 128)), ("bias", (128,)))
-    }
-    lora = write(tmp_path, {**change(), **projections}, SLA)
+    lora = write(tmp_path, {**change(), **projections(0.25)}, SLA)
     given = ["--base", str(tmp_path / "base"), "--lora", str(lora), "-o", str(tmp_path / "out")]
     assert tool.main(given) == 0
     model = load_transformer(tmp_path / "out")
@@ -140,8 +135,45 @@ def test_an_sla_adapter_brings_its_projections_and_its_attention(
     assert load_transformer(tmp_path / "unsaid").attention_config == PUBLISHED_SLA
 
 
+def projections(value: float, width: int = 128) -> dict[str, Tensor]:
+    return {
+        f"blocks.{n}.self_attn.attn_op.local_attn.proj_l.{leaf}": torch.full(shape, value)
+        for n in range(CONFIG.num_layers)
+        for leaf, shape in (("weight", (width, width)), ("bias", (width,)))
+    }
+
+
+@pytest.mark.parametrize("kind", ["sla", "half"])
+def test_p_moves_by_the_weight_from_the_bases_to_the_adapters(kind: str, tmp_path: Path) -> None:
+    base = stored(make(kind, tmp_path / "base"))
+    has_p = f"{P}.weight" in base
+    assert has_p == (kind == "sla")
+    lora = write(tmp_path, {**change(), **projections(0.3)}, SLA)
+    for weight in (0.0, 0.5, 1.0):
+        out = tmp_path / f"{weight}"
+        given = ["--base", str(tmp_path / "base"), "--lora", str(lora), "--weight", str(weight), "-o", str(out)]
+        assert tool.main(given) == 0
+        found = stored(out)
+        for name, target in projections(0.3).items():
+            start = base[name] if has_p else torch.zeros_like(target)
+            ends = {0.0: start, 1.0: target.to(start.dtype)}
+            if weight in ends:
+                assert torch.equal(found[name], ends[weight]), name
+            torch.testing.assert_close(found[name], start + weight * (target - start))
+        if weight == 0:
+            assert all(torch.equal(found[name], tensor) for name, tensor in base.items()), "the base"
+        assert load_transformer(out).attention_config == SLA
+
+
+def test_a_dense_adapter_leaves_the_bases_attention(tmp_path: Path) -> None:
+    make("sla", tmp_path / "base")
+    given = ["--base", str(tmp_path / "base"), "--lora", str(write(tmp_path, change())), "-o", str(tmp_path / "out")]
+    assert tool.main(given) == 0
+    assert load_transformer(tmp_path / "out").attention_config == PUBLISHED_SLA
+
+
 def test_what_is_no_adapter_of_this_network_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = make("dense", tmp_path / "base")
+    base, sla = make("dense", tmp_path / "base"), make("sla", tmp_path / "sla")
     save(tmp_path / "two" / "high", network())
     save(tmp_path / "two" / "low", network(seed=1))
     good = change()
@@ -154,6 +186,10 @@ def test_what_is_no_adapter_of_this_network_is_refused(tmp_path: Path, capsys: p
         "other width": (
             {**good, **_pair(name, 64, 64)},
             r"blocks.0.self_attn.q \(\(64, 3\) x \(3, 64\) for a layer of",
+        ),
+        "other projections": (
+            {**good, **projections(0.5, 64)},
+            r"proj_l.*\(\(64, 64\) for one of shape \(128, 128\)\)",
         ),
         "half": (
             {key: t for key, t in good.items() if key != f"{name}.lora_B.weight"},
@@ -171,7 +207,8 @@ def test_what_is_no_adapter_of_this_network_is_refused(tmp_path: Path, capsys: p
     }
     for kind, (tensors, words) in cases.items():
         save_file(tensors, tmp_path / f"{kind}.safetensors")
-        given = ["--base", str(base), "--lora", str(tmp_path / f"{kind}.safetensors"), "-o", str(tmp_path / "out")]
+        on = sla if kind == "other projections" else base
+        given = ["--base", str(on), "--lora", str(tmp_path / f"{kind}.safetensors"), "-o", str(tmp_path / "out")]
         assert tool.main(given) == 1, kind
         assert re.search(words, capsys.readouterr().err), kind
         assert not (tmp_path / "out").exists()

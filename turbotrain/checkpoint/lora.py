@@ -2,7 +2,8 @@
 
 A file holds `transformer.blocks.N.attn1.to_q.lora_A.weight` (R, K) and `.lora_B.weight` (N, R), the scale alpha / rank in B, so
 that a reader who knows no alpha adds what was trained. The adapter of an SLA network also brings its P, whole: diffusers,
-which has no SLA, then refuses the file, while it loads that of a dense network.
+which has no SLA, then refuses the file, while it loads that of a dense network. What it changes of P is the way from the base's P
+to its own; a base without one has the P that SLA begins with, which is zero.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def merge_lora(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[Path]:
-    """Write base + weight (B A) in the layout `to`, a tensor at a time, in the base's dtype; returns the files.
+    """Write base + weight (B A), and P moved by `weight` of its way to the adapter's, in the layout `to`, a tensor at a time, in
+    the base's dtype; returns the files.
 
     Raises CheckpointProblem: two experts, 8-bit weights, an adapter of another network, an output that cannot be written or
     cannot hold SLA's P; OSError when writing fails: what was at `output` is then still there.
@@ -127,7 +129,10 @@ def with_lora(
     wrong = []
     for name, tensor in change.items():
         if P_OF_SLA in name:
-            entries[name] = Entry.of(tensor)
+            held = network.native.get(name)
+            if held is not None and held.shape != tuple(tensor.shape):
+                wrong.append(f"{name} ({tuple(tensor.shape)} for one of shape {held.shape})")
+            entries[name] = _moved(held, tensor, weight)
             continue
         if name.endswith(".lora_B.weight"):
             continue
@@ -146,13 +151,27 @@ def with_lora(
     meta = dataclasses.replace(
         network.meta, lineage=[*network.meta.lineage, {"stage": "lora", "weight": weight, "files": [Path(source).name]}]
     )
+    brings_p, has_p = (any(P_OF_SLA in name for name in names) for names in (change, network.native))
     if said is not None:
         sampler = said.sampler or meta.sampler
-        meta = dataclasses.replace(meta, attention=said.attention, sampler=sampler, lineage=[*said.lineage])
-    elif any(P_OF_SLA in name for name in change) and not any(P_OF_SLA in name for name in network.native):
+        attention = said.attention if brings_p or not has_p else meta.attention  # a dense adapter leaves SLA as it is
+        meta = dataclasses.replace(meta, attention=attention, sampler=sampler, lineage=[*said.lineage])
+    elif brings_p and not has_p:
         # The base has no SLA yet, and the file does not say which: as every file with P and without metadata is read.
         meta = dataclasses.replace(meta, attention=layouts.infer_attention(change).to_dict())
     return dataclasses.replace(network, native=entries, meta=meta)
+
+
+def _moved(held: Entry | None, tensor: Tensor, weight: float) -> Entry:
+    """P on its way from the base's (zero where it has none) to the adapter's: at weights 0 and 1 these to the bit."""
+
+    def read() -> Tensor:
+        target = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        start = torch.zeros_like(target) if held is None else held.read().to(target.dtype)
+        return torch.lerp(start, target, weight).to(tensor.dtype if held is None else getattr(torch, held.dtype))
+
+    dtype = str(tensor.dtype).removeprefix("torch.") if held is None else held.dtype
+    return Entry(tuple(tensor.shape), dtype, read)
 
 
 def _changed(held: Entry, low_RK: Tensor, high_NR: Tensor, weight: float) -> Entry:
