@@ -94,6 +94,13 @@ def _check_launch(config: Config) -> None:
             launch.context_parallel,
             f"must divide the {heads} heads of {config.model.variant}, which it deals to processes: {options}",
         )
+    if launch.context_parallel > 1 and config.model.teacher_scheme == "int8_block128":
+        reject(
+            "model.teacher_scheme",
+            config.model.teacher_scheme,
+            "its activations share scales in tiles of 128 tokens, whose borders move where processes share a sample: use "
+            "int8_channel or fp8_channel, whose scales are of a token each, or launch.context_parallel=1",
+        )
     if launch.context_parallel > 1 and config.teacher.cuda_graph:
         reject("teacher.cuda_graph", True, "a graph is of one process: set launch.context_parallel=1")
     _choice("launch.keep_best", launch.keep_best, ("", *BEST_METRICS))

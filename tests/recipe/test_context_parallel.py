@@ -59,6 +59,14 @@ def test_low_rank_changes(tiny: World, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "shared" / "run", tmp_path / "alone" / "run", tiny, stages=("rcm",))
 
 
+def test_a_teacher_with_a_scale_for_every_token(tiny: World, tmp_path: Path) -> None:
+    """Its 8-bit activations are the same however tokens are dealt; tiles of tokens, int8_block128, are refused."""
+    more = ["stages=[sla]", "model.teacher_scheme=int8_channel"]
+    train_on(2, *tiny_arguments(tiny, tmp_path / "shared", TOGETHER, *more))
+    assert train_here(*tiny_arguments(tiny, tmp_path / "alone", *more)) == 0
+    assert_same_run(tmp_path / "shared" / "run", tmp_path / "alone" / "run", tiny, stages=("sla",))
+
+
 def test_one_process_continues_what_two_shared(tiny: World, tiny_whole: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         asked = itertools.count(1)
@@ -73,6 +81,7 @@ REFUSED = [
     (["launch.context_parallel=3"], "launch.context_parallel=3: must divide the 2 heads of tiny", "1, 2"),
     (["launch.context_parallel=0"], "launch.context_parallel=0: must be at least 1", ""),
     ([TOGETHER], "launch.context_parallel=2: that many processes share a sample, and this launch has 1", "_node 2"),
+    ([TOGETHER, "model.teacher_scheme=int8_block128"], "model.teacher_scheme='int8_block128'", "use int8_channel"),
     ([TOGETHER, "teacher.cuda_graph=true"], "teacher.cuda_graph=True", "launch.context_parallel=1"),
 ]
 
