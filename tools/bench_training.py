@@ -67,7 +67,7 @@ SAMPLES = 8
 class RandomContext(StageContext):
     """A stage whose networks are random, made on the device that trains them; of one role the same on every process."""
 
-    def load(self, role: str, device: torch.device | str = "cpu") -> WanTransformer:
+    def load(self, role: str) -> WanTransformer:
         attention = AttentionConfig() if role == "teacher" else attention_config(self.config)
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         network = random_network(self.variant.config, attention, None, self.device, torch.float32)

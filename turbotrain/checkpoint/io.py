@@ -100,13 +100,13 @@ def load_tensor(data: bytes, name: str) -> Tensor:
     return tensor
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], CheckpointMeta]:
-    """(state dict under native names, what the checkpoint says about itself), for any layout of formats.md.
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> tuple[dict[str, Tensor], CheckpointMeta]:
+    """(state dict under native names, what the checkpoint says about itself), for any layout of formats.md. mmap: `read_tensors`.
 
     Without our metadata the description is inferred from names, shapes and a config.json. 8-bit layers keep the names of the
     file: `X.int8_weight` or `X.fp8_weight`, `X.scale`, `X.bias`, `X.smooth`. Raises CheckpointProblem.
     """
-    state = layouts.from_layout(read_tensors(path), str(path))
+    state = layouts.from_layout(read_tensors(path, mmap=mmap), str(path))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return state, _describe(path, shapes, _dtype_of(state))
 
@@ -151,24 +151,44 @@ def load_transformer(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: choose a floating dtype, or None to keep the file's")
     state, meta = read_checkpoint(path)
-    config = WanConfig.from_dict(meta.config)
     own = AttentionConfig.from_dict(meta.attention)
     wanted = own if attention is None else attention
     wanted = wanted if isinstance(wanted, AttentionConfig) else AttentionConfig.from_dict(dict(wanted), own)
 
-    try:
-        with torch.device("meta"):
-            model = WanTransformer(config, own)
-        state = from_disk_names(state)
-        prepare_quantized(model, state)
-    except ValueError as error:
-        raise CheckpointProblem(f"{path}: {error}") from error
-    _check_state(path, state, model)
+    model, state = _without_weights(path, state, meta)
     loaded = {name: _own_memory(_cast(name, tensor, dtype)) for name, tensor in state.items()}
     model.load_state_dict(loaded, strict=True, assign=True)
     if dtype is not None:
         dequantize_model(model, dtype)
     return model.set_attention(wanted).to(device)
+
+
+def map_transformer(path: str | Path) -> WanTransformer:
+    """The network of a checkpoint, its weights still in the files and as they are there: for who copies them elsewhere, a tensor
+    at a time. Nothing is read before it is used, and the pages that were read are shared by all processes of a machine.
+
+    8-bit layers are multiplied out to float32 in memory. Raises CheckpointProblem, as `load_transformer` does.
+    """
+    state, meta = read_checkpoint(path, mmap=True)
+    model, state = _without_weights(path, state, meta)
+    model.load_state_dict(state, strict=True, assign=True)
+    dequantize_model(model, torch.float32)
+    return model
+
+
+def _without_weights(
+    path: str | Path, state: dict[str, Tensor], meta: CheckpointMeta
+) -> tuple[WanTransformer, dict[str, Tensor]]:
+    """The network on the meta device, and the state by the names that it expects, all of them."""
+    try:
+        with torch.device("meta"):
+            model = WanTransformer(WanConfig.from_dict(meta.config), AttentionConfig.from_dict(meta.attention))
+        state = from_disk_names(state)
+        prepare_quantized(model, state)
+    except ValueError as error:
+        raise CheckpointProblem(f"{path}: {error}") from error
+    _check_state(path, state, model)
+    return model, state
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from turbotrain.checkpoint.io import load_transformer
+from turbotrain.checkpoint.io import map_transformer
 from turbotrain.checkpoint.layouts import describe
 from turbotrain.config import Config, LoopSection, OptimSection, RcmSection, TimeSection
 from turbotrain.data.latents import Batch, LatentDataset
@@ -106,14 +106,14 @@ class StageContext:
         memory = self.config.data.memory_gb * 1e9
         return LatentDataset(self.inputs["data"], needs_of(self.config), memory).to(self.device)
 
-    def load(self, role: str, device: torch.device | str = "cpu") -> WanTransformer:
-        """The network of one input, in float32.
+    def load(self, role: str) -> WanTransformer:
+        """The network of one input, its weights still in the file: `role` and `frozen` take them to where they are used.
 
         Raises:
             CheckpointProblem: not a checkpoint that loads.
             ValueError: of other dimensions than the variant's (a pickle shows its own only now).
         """
-        network = load_transformer(self.inputs[role], device=device, dtype=torch.float32)
+        network = map_transformer(self.inputs[role])
         if network.config != self.variant.config:
             raise ValueError(
                 f"{self.inputs[role]} holds {describe(network.config)}, but model.variant={self.variant.name} expects "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from turbotrain.checkpoint.merge import merge_keys, merge_tensor
 from turbotrain.stages.artifacts import sampler_settings, write_model
 from turbotrain.stages.context import StageContext
+from turbotrain.training.bring import bring
 
 
 def run(context: StageContext) -> dict[str, object]:
     teacher, sla, rcm = (context.load(role) for role in ("teacher", "sla", "rcm"))
+    for network in (teacher, sla, rcm):
+        bring(network, torch.device("cpu"))
     before, trained, distilled = teacher.state_dict(), sla.state_dict(), rcm.state_dict()
     weight = context.config.merge.weight
     keys = merge_keys(distilled, trained, before)

@@ -12,6 +12,7 @@ from turbotrain.losses import flow_matching
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import sample_strips, write_trained
 from turbotrain.stages.context import BatchSource, Passes, StageContext, draw_times, drop_captions
+from turbotrain.training.bring import bring
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.parallel import capture
@@ -32,6 +33,7 @@ class TeacherTask:
             times = torch.zeros(len(batch.prompts), dtype=torch.float64, device=context.device)
             inputs = (batch.latent_BCTHW, times, batch.embed_BLD)
             mixed = context.config.launch.mixed_precision == "bf16"
+            bring(self.network, context.device)
             capture(self.network.to(context.device), inputs, mixed)
         role = context.role("teacher", self.network, section.optim, section.steps)
         self.roles = {"teacher": role}

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from turbotrain.model.wan import WanTransformer
+from turbotrain.training.bring import bring
 from turbotrain.training.roles import Role
 
 
@@ -24,17 +25,22 @@ def _mesh(device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (dist.get_world_size(),))
 
 
-def shard(network: WanTransformer, device: torch.device, offload: bool = False) -> WanTransformer:
-    """Shard `network` in place: one unit a block, one for the rest. Weights are gathered in the precision they are stored in,
-    so that float32 islands stay float32 and every engine computes with the same numbers.
+def shard(
+    network: WanTransformer, device: torch.device, dtype: torch.dtype = torch.float32, offload: bool = False
+) -> WanTransformer:
+    """Shard `network` in place, in `dtype`: one unit a block, one for the rest. Weights are gathered in the precision they are
+    stored in, so that float32 islands stay float32 and every engine computes with the same numbers. Of weights that lie in files
+    a process takes a block at a time and keeps its share of it.
 
     offload: shards and optimiser states rest in host memory.
     """
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     mesh = _mesh(device.type)
     for block in network.blocks:
+        bring(block, device, dtype)
         fully_shard(block, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     # The root too: a pass without gradient is followed by no backward pass that would shard it again.
+    bring(network, device, dtype)
     fully_shard(network, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     return network
 

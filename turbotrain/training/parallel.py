@@ -23,8 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from turbotrain.compose import UsageError
 from turbotrain.config import Config, LaunchSection, OptimSection
+from turbotrain.model.lora import has_lora
 from turbotrain.model.quant_linear import prepare_for_inference, quantize_block_linears
 from turbotrain.model.wan import WanTransformer
+from turbotrain.training.bring import bring
 from turbotrain.training.optim import learning_rate, make_optimizer
 from turbotrain.training.roles import Role
 
@@ -116,17 +118,19 @@ def make_role(
     if launch.mixed_precision == "bf16":
         autocast_forward(network, accelerator.device)
     rate = learning_rate(optim, updates)
-    if engine.startswith("zero"):
-        from turbotrain.training.zero import zero_role
-
-        return zero_role(name, network.to(accelerator.device), optim, rate, int(engine[-1]), launch.offload)
     if engine == "fsdp2" and accelerator.num_processes > 1:
         from turbotrain.training.fsdp import ShardedRole, shard
 
-        shard(network, accelerator.device, launch.offload)
+        shard(network, accelerator.device, offload=launch.offload)
         optimizer = make_optimizer(network.parameters(), optim)
         return ShardedRole(name, network, network, optimizer, rate, optim.grad_clip)
+    if not has_lora(network):  # which lies over weights that are there already
+        bring(network, accelerator.device)
     network.to(accelerator.device)
+    if engine.startswith("zero"):
+        from turbotrain.training.zero import zero_role
+
+        return zero_role(name, network, optim, rate, int(engine[-1]), launch.offload)
     optimizer = make_optimizer(network.parameters(), optim)
     return Role(name, accelerator.prepare_model(network), network, optimizer, rate, optim.grad_clip)
 
@@ -143,18 +147,18 @@ def make_frozen(
     network.requires_grad_(False).share_tokens(context_group(accelerator, launch))
     for block in network.blocks if scheme else ():
         # On the device, block by block: the whole network in floats need not fit there.
-        quantize_block_linears(block.to(accelerator.device), scheme)
-    if launch.mixed_precision == "bf16":
-        network.set_weight_dtype(torch.bfloat16)
-    if scheme:
-        network.to(accelerator.device)
-        prepare_for_inference(network)
-        return network
-    if engine in ("fsdp2", "zero3") and accelerator.num_processes > 1:
+        bring(block, accelerator.device)
+        quantize_block_linears(block, scheme)
+    dtype = torch.bfloat16 if launch.mixed_precision == "bf16" else torch.float32
+    if engine in ("fsdp2", "zero3") and accelerator.num_processes > 1 and not scheme:
         from turbotrain.training.fsdp import shard
 
-        return shard(network, accelerator.device)
-    return network.to(accelerator.device)
+        return shard(network, accelerator.device, dtype)
+    bring(network, accelerator.device, dtype)
+    network.to(accelerator.device)
+    if scheme:
+        prepare_for_inference(network)
+    return network
 
 
 def autocast_forward(network: nn.Module, device: torch.device) -> None:
