@@ -27,7 +27,7 @@ BAD = [
     (["recipe=shapes", "attention.topk=0"], ["attention.topk", "0", "(0, 1]"]),
     (["recipe=shapes", "attention.topk=1.5"], ["attention.topk", "1.5", "(0, 1]"]),
     (["recipe=shapes", "attention.topk=nan"], ["attention.topk", "nan"]),
-    (["recipe=shapes", "sla.layer_budget=0.01"], ["sla.layer_budget", "0.01", "0.05 to 1"]),
+    (["recipe=shapes", "sla.layer_budget=0.01"], ["sla.layer_budget", "0.01", "0.025 to 1"]),
     (["recipe=shapes", "sla.layer_budget=1.5"], ["sla.layer_budget", "1.5"]),
     (["recipe=shapes", "sla.layer_budget=0.1", "attention=dense"], ["sla.layer_budget", "dense attention"]),
     (["recipe=shapes", "attention.block_q=48"], ["attention.block_q", "48", "64"]),

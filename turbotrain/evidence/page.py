@@ -74,7 +74,13 @@ def readme_block(document: Mapping[str, Any], rows: Rows, latencies: Latencies) 
     if not table:
         return ""
     prompts, seeds = document["prompts"], document["seeds"]
+    verdicts = [judge_claim(claim, rows) for claim in CLAIMS]
+    held = sum(verdict is not None and verdict.difference >= 0 for verdict in verdicts)
+    failed = sum(verdict is not None and verdict.difference < 0 for verdict in verdicts)
+    waiting = f", {verdicts.count(None)} wait for rows" if None in verdicts else ""
     facts = [
+        f"{len(rows)} of the matrix's {document['planned_rows']} rows are in; "
+        f"of {len(CLAIMS)} claims {held} hold, {failed} fail{waiting}.",
         f"{prompts * seeds:,} videos a row ({prompts:,} held-out prompts, {seeds} seeds), 95% intervals over prompts.",
         "Everything else, with figures and what each published claim comes to: [docs/evidence.md](docs/evidence.md).",
     ]
@@ -107,6 +113,7 @@ def _page(
         "in every row. Values with 95% intervals over prompts (all seeds of a prompt are resampled together).",
         f"{environment.get('device', 'Unknown device')}, torch {environment.get('torch', '?')}. {len(rows)} of the",
         f"{document['planned_rows']} rows of `configs/evidence/{document['name']}.yaml` are in.",
+        *([document["note"]] if "note" in document else []),
         "",
         f"The world and the recipe: [{document['recipe']}](../recipes/{document['recipe']}.md). It is small: what holds here",
         "holds in kind, and says nothing about how Wan's own videos look; those take VBench's protocol (`tools/vbench.py`).",
@@ -137,17 +144,17 @@ def _headline(document: Mapping[str, Any], rows: Rows, latencies: Latencies) -> 
     ]
     for row in shown:
         values = " | ".join(_value(row, name) for name in ("accuracy", "coverage", "latency_s"))
-        lines.append(f"| {row['title']} | {row['steps']} | {values} | `{_command(document, row['cell'])}` |")
-    return [*lines, ""]
+        lines.append(f"| {row['title']} | {row['steps']} | {values} | `--only {row['cell']}` |")
+    return [*lines, "", f"A row is made by `{_command(document)}` with its options.", ""]
 
 
-def _command(document: Mapping[str, Any], cell: str) -> str:
-    """What trains a cell, with all that it needs, and measures its rows."""
+def _command(document: Mapping[str, Any]) -> str:
+    """What trains cells, with all that they need, and measures their rows."""
     shipped = f"asset:{document['recipe']}"
     # Where the matrix trained none, it started from those that ship.
     given = [f"--{part} {shipped}" for part in ("teacher", "codec") if part not in document.get("base", {})]
     run = f"python tools/evidence.py run configs/evidence/{document['name']}.yaml"
-    return " ".join([run, *given, f"--only {cell}"])
+    return " ".join([run, *given])
 
 
 def _about_latency(latencies: Latencies, folder: str) -> list[str]:
@@ -159,7 +166,7 @@ def _about_latency(latencies: Latencies, folder: str) -> list[str]:
         "Latency is arithmetic on measured times: the row's passes (guidance takes two a step) times one pass of",
         f"{settings['variant']} in the row's form (attention, top-k, 8-bit scheme). {document['video']}, one at a time,",
         f"{settings['dtype']}, random weights, {device}; text encoder and VAE are not in it. Blocks are Wan's 128x64 where the",
-        "small world has 32x32.",
+        "small world has smaller ones.",
         f"[`{LATENCIES}`]({folder}/{LATENCIES}) has the times; a form that was not timed has none.",
     ]
     if ratio is not None:
@@ -220,7 +227,7 @@ def _value(row: Mapping[str, Any], name: str) -> str:
     values = row["metrics"].get(name)
     if not values or values[0] is None:
         return ""
-    digits = 1 if name in ("psnr", "spread") else 2 if name == "frechet" else 3
+    digits = 1 if name in ("psnr", "spread") else 3
     value, low, high = (f"{number:.{digits}f}" if number is not None else "?" for number in values)
     return f"{value} [{low}, {high}]"
 

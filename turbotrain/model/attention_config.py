@@ -11,7 +11,18 @@ KINDS = ("dense", "sla", "sage_sla")
 BLOCK_SIZES = (16, 32, 64, 128)
 ORDERS = ("raster", "cube")
 FEATURE_MAPS = ("softmax", "elu", "relu")
-LAYER_TOPKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)  # what a layer is given where a budget is shared out
+LAYER_TOPKS = (
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.125,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+)  # what a layer is given where a budget is shared out
 
 
 @dataclasses.dataclass(frozen=True)
