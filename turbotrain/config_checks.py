@@ -182,6 +182,8 @@ def _check_layer_budget(config: Config) -> None:
         )
     if "sla" in config.stages and config.attention.kind == "dense":
         reject("sla.layer_budget", budget, "dense attention has no top-k: attention.kind=sla, or 0")
+    if "rcm" in config.stages and config.rcm.composition == "joint":
+        reject("sla.layer_budget", budget, "the sla stage chooses, and rcm.composition=joint goes without it: 0")
 
 
 def _check_data(config: Config) -> None:

@@ -78,6 +78,10 @@ def test_a_budget_goes_where_it_keeps_most() -> None:
     late = [[0.1, 0.11, 0.9, 1.0]]
     assert share_out([late, flat], topks, 0.25) == [0.4, 0.1]
     assert share_out([late, flat], topks, 0.15) == [0.1, 0.2]
+    # What a layer holds already is not bought again, though the budget would do.
+    full = [[0.5, 1.0, 1.0, 1.0]]
+    assert share_out([full, flat], topks, 1.0) == [0.2, 1.0]
+    assert share_out([[[1.0] * 4], [[1.0] * 4]], topks, 0.6) == [0.1, 0.1]
     with pytest.raises(ValueError, match="below the smallest"):
         share_out([steep], topks, 0.05)
     with pytest.raises(ValueError, match="must rise"):

@@ -30,6 +30,7 @@ BAD = [
     (["recipe=shapes", "sla.layer_budget=0.01"], ["sla.layer_budget", "0.01", "0.025 to 1"]),
     (["recipe=shapes", "sla.layer_budget=1.5"], ["sla.layer_budget", "1.5"]),
     (["recipe=shapes", "sla.layer_budget=0.1", "attention=dense"], ["sla.layer_budget", "dense attention"]),
+    (["recipe=shapes", "sla.layer_budget=0.1", "rcm.composition=joint"], ["sla.layer_budget", "composition=joint"]),
     (["recipe=shapes", "attention.block_q=48"], ["attention.block_q", "48", "64"]),
     (["recipe=shapes", "model=wan9"], ["model", "wan9", "wan2.1_t2v_1.3b"]),
     (["recipe=shapes", "model.variant=wan9"], ["model.variant", "wan9"]),

@@ -95,7 +95,8 @@ def _held(q_BLND: Tensor, k_BLND: Tensor, topks: Sequence[float], block_q: int, 
 
 
 def share_out(masses: Masses, topks: Sequence[float], budget: float) -> list[float]:
-    """A top-k for every layer, from `topks` in rising order, whose mean is at most `budget` and which keep the most mass.
+    """A top-k for every layer, from `topks` in rising order, whose mean is at most `budget` and which keep the most mass. What
+    keeps no more mass is not bought, whatever is left of the budget.
 
     Greedy over the steps of each layer's concave hull: the best use of a budget but for the last step's remainder.
 
@@ -112,7 +113,8 @@ def share_out(masses: Masses, topks: Sequence[float], budget: float) -> list[flo
         hull = _hull(topks, curve)
         for first, last in itertools.pairwise(hull):
             gain = (curve[last] - curve[first]) / (topks[last] - topks[first])
-            steps.append((gain, layer, first, last))
+            if gain > 0:
+                steps.append((gain, layer, first, last))
     chosen = [0] * len(curves)
     spent = len(curves) * topks[0]
     for _, layer, first, last in sorted(steps, key=lambda step: (-step[0], step[2])):
