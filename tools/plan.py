@@ -173,7 +173,7 @@ def _job(options: argparse.Namespace, model: Model, scheme: str | None, gpu: Gpu
     size = (int(height), int(width)) if by else (None, None)
     attention = model.attention or (AttentionConfig() if is_teacher else FASTEST)
     if options.attention != "auto":
-        attention = replace(attention, kind=options.attention)
+        attention = AttentionConfig.from_dict({"kind": options.attention}, attention)
     job = Job(
         variant,
         options.frames or variant.frames,

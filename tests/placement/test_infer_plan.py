@@ -294,6 +294,18 @@ def test_the_tool_reads_checkpoints(capsys: pytest.CaptureFixture[str], checkpoi
     assert json.loads(out)[0]["attention"] == "sla"
 
 
+def test_the_tool_plans_other_attention_for_a_top_k_by_layer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = VARIANTS["wan2.1_t2v_1.3b"]
+    layered = AttentionConfig("sla", layer_topk=(0.1,) * variant.config.num_layers)
+    monkeypatch.setattr(plan_tool, "_model", lambda _: plan_tool.Model(variant, layered, "int8_channel", True))
+    for kind in ("dense", "sage_sla"):
+        status, out, err = run_tool(capsys, "checkpoint", "--attention", kind, "--json", "--gpu", "L4")
+        assert status == 0, err
+        assert json.loads(out)[0]["attention"] == kind
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
