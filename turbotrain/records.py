@@ -58,6 +58,8 @@ def make_fingerprint(config: Config, sections: Sequence[str], inputs: Mapping[st
         settings.update(flatten(getattr(config, section), section))
     if not config.sla.layer_budget:
         settings.pop("sla.layer_budget", None)
+    if not config.quantize.finetune.steps:
+        settings = {name: value for name, value in settings.items() if not name.startswith("quantize.finetune.")}
     for role, path in inputs.items():
         settings[f"input/{role}"] = hash_path(path) if path.exists() else "missing"
     return settings

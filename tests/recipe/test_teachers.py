@@ -75,6 +75,20 @@ def test_another_scheme_is_another_stage(tiny: World, tmp_path: Path) -> None:
         assert (of_floats != of_8_bits) == is_taught, stage
 
 
+def test_fine_tuning_that_is_off_makes_nothing_stale(tiny: World, tmp_path: Path) -> None:
+    given = tiny_arguments(tiny, tmp_path)
+
+    def fingerprint(*said: str) -> dict[str, Any]:
+        tuned = [f"quantize.finetune.{setting}" for setting in said]
+        return make_fingerprint(load_config([*given, *tuned]), SPECS["quantize"].sections, {})
+
+    plain, tuned = fingerprint(), fingerprint("steps=5")
+    assert not any("finetune" in setting for setting in plain), "as runs from before there was fine-tuning have it"
+    assert fingerprint("lr=0.1") == plain
+    assert tuned != plain
+    assert fingerprint("steps=5", "lr=0.1") != tuned
+
+
 def test_an_sla_teacher_needs_the_stage(tiny: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_here(*tiny_arguments(tiny, tmp_path, "stages=[rcm]", "rcm.teacher_attention=sla")) == 2
     assert "the finished stage sla" in capsys.readouterr().err
