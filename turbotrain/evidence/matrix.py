@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from turbotrain.compose import UsageError
+from turbotrain.config_checks import SCHEMES
+from turbotrain.model.attention_config import LAYER_TOPKS, AttentionConfig
 
 TEACHER = "teacher"
 SAMPLERS = ("teacher", "turbo")
 QUANTIZE = ("scheme", "smooth", "weights_only", "target_error", "finetune")
+# Fields whose YAML value is taken as it is, by annotation: which types it may have.
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "dict[str, Any]": (dict,),
+}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _REFERENCE = re.compile(r"<([A-Za-z0-9_.-]+)>")  # another cell's checkpoint inside an override
 
@@ -131,26 +141,38 @@ def load_matrix(path: Path) -> Matrix:
     if not isinstance(raw, dict):
         raise UsageError(f"{path}: expected a mapping with cells")
     values = {str(key): value for key, value in raw.items()}
-    cells = tuple(_cell(str(name), value) for name, value in (values.pop("cells", None) or {}).items())
+    cells = tuple(_cell(str(name), value) for name, value in _mapping("cells", values.pop("cells", None)).items())
     for name in ("base", "common"):
-        values[name] = tuple(values.get(name) or ())
+        values[name] = _strings(name, values.get(name))
     matrix = _made(Matrix, f"{path.name}", {"name": path.stem, **values, "cells": cells})
     _check(matrix)
     return matrix
 
 
 def _cell(name: str, value: Any) -> Cell:
-    if not isinstance(value, dict):
-        raise UsageError(f"cells.{name}: expected a mapping")
-    value = dict(value)
-    rows = value.pop("rows", None) or {}
+    where = f"cells.{name}"
+    value = dict(_mapping(where, value))
+    rows = _mapping(f"{where}.rows", value.pop("rows", None))
     made = tuple(
-        _made(Row, f"cells.{name}.rows.{key}", {"name": str(key), **row})
+        _made(Row, f"{where}.rows.{key}", {"name": str(key), **_mapping(f"{where}.rows.{key}", row)})
         for key, row in rows.items()
         if row is not None
     )
-    value["train"] = tuple(value.get("train") or ())
-    return _made(Cell, f"cells.{name}", {"name": name, "title": name, **value, "rows": made})
+    value["train"] = _strings(f"{where}.train", value.get("train"))
+    return _made(Cell, where, {"name": name, "title": name, **value, "rows": made})
+
+
+def _mapping(where: str, value: Any) -> dict[Any, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{where}={value!r}: expected a mapping")
+    return value or {}
+
+
+def _strings(where: str, value: Any) -> tuple[str, ...]:
+    """A string alone would become its letters."""
+    if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise UsageError(f"{where}={value!r}: expected a list of strings")
+    return tuple(value or ())
 
 
 def _made(kind: type, where: str, values: dict[str, Any]) -> Any:
@@ -158,10 +180,20 @@ def _made(kind: type, where: str, values: dict[str, Any]) -> Any:
     unknown = sorted(set(values) - known)
     if unknown:
         raise UsageError(f"{where}: has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    for one in fields(kind):
+        allowed = _SCALARS.get(str(one.type))
+        if allowed and one.name in values:
+            _check_type(f"{where}.{one.name}", values[one.name], allowed)
     try:
         return kind(**values)
     except TypeError as error:
         raise UsageError(f"{where}: {error}") from error
+
+
+def _check_type(where: str, value: Any, allowed: tuple[type, ...]) -> None:
+    """A bool is no number."""
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise UsageError(f"{where}={value!r}: expected {allowed[-1].__name__}")
 
 
 def _check(matrix: Matrix) -> None:
@@ -205,15 +237,32 @@ def _check_cell(cell: Cell, seen: set[str]) -> None:
             raise UsageError(f"{where}.sampler={row.sampler!r}: choose one of {', '.join(SAMPLERS)}")
         if row.steps < 1 or (row.sampler == "turbo" and row.steps > 4):
             raise UsageError(f"{where}.steps={row.steps}: 1 to 4 with the Turbo sampler, at least 1 with the teacher's")
-        extra = sorted(set(row.quantize) - set(QUANTIZE))
-        if extra:
-            raise UsageError(f"{where}.quantize: has no field {', '.join(extra)}; its fields are {', '.join(QUANTIZE)}")
-        steps = row.quantize.get("finetune", 0)
-        if not isinstance(steps, int) or steps < 0:
-            raise UsageError(f"{where}.quantize.finetune={steps!r}: a number of steps, or 0 for none")
-        if steps and row.quantize.get("weights_only"):
-            raise UsageError(
-                f"{where}.quantize.finetune={steps}: goes without weights_only, which rounds and nothing more"
-            )
-        if steps and row.attention.get("kind") == "sage_sla":
-            raise UsageError(f"{where}.quantize.finetune={steps}: sage_sla attention has no gradient; take kind: sla")
+        if row.layer_budget and not LAYER_TOPKS[0] <= row.layer_budget <= 1:
+            raise UsageError(f"{where}.layer_budget={row.layer_budget}: 0 for none, or {LAYER_TOPKS[0]} to 1")
+        try:
+            AttentionConfig.from_dict({"kind": "sla", **row.attention})
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from error
+        _check_quantize(f"{where}.quantize", row)
+
+
+def _check_quantize(where: str, row: Row) -> None:
+    extra = sorted(set(row.quantize) - set(QUANTIZE))
+    if extra:
+        raise UsageError(f"{where}: has no field {', '.join(extra)}; its fields are {', '.join(QUANTIZE)}")
+    scheme = row.quantize.get("scheme", SCHEMES[0])
+    if scheme not in SCHEMES:
+        raise UsageError(f"{where}.scheme={scheme!r}: choose one of {', '.join(SCHEMES)}")
+    for name in ("smooth", "weights_only"):
+        _check_type(f"{where}.{name}", row.quantize.get(name, False), (bool,))
+    target = row.quantize.get("target_error", 0.0)
+    _check_type(f"{where}.target_error", target, (int, float))
+    if not target >= 0:
+        raise UsageError(f"{where}.target_error={target}: must not be negative")
+    steps = row.quantize.get("finetune", 0)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        raise UsageError(f"{where}.finetune={steps!r}: a number of steps, or 0 for none")
+    if steps and row.quantize.get("weights_only"):
+        raise UsageError(f"{where}.finetune={steps}: goes without weights_only, which rounds and nothing more")
+    if steps and row.attention.get("kind") == "sage_sla":
+        raise UsageError(f"{where}.finetune={steps}: sage_sla attention has no gradient; take kind: sla")
