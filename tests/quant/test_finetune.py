@@ -15,6 +15,7 @@ from turbokernels.w8a8.api import SCHEMES, dequantize_weight, quantize_weight
 from turbotrain.model.quant_linear import QuantLinear, quantize_for
 from turbotrain.quant import Finetune, quantize_transformer
 from turbotrain.quant.finetune import TrainedQuantLinear, record_passes
+from turbotrain.stages.quantize import tuning_line
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -133,3 +134,12 @@ def test_what_cannot_be_judged_or_tuned_is_refused() -> None:
         quantize_transformer(network(), forward_calls(1), finetune=tuning)
     with pytest.raises(ValueError, match="nothing to tune"):
         quantize_transformer(network(), forward_calls(1), forward_calls(1, seed=5), min_sqnr_db=199.0, finetune=tuning)
+
+
+def test_what_came_of_it_is_said_in_a_line() -> None:
+    said = {"steps": 3, "latent_error_before": 0.012345678, "latent_error_after": 0.0098765, "kept": True}
+    assert tuning_line("", said) == "fine-tuning, 3 steps: latent error 0.01235 -> 0.00988; kept"
+    lost = {**said, "latent_error_after": None, "kept": False}
+    assert tuning_line("low", lost).startswith(
+        "low-noise expert: fine-tuning, 3 steps: latent error 0.01235 -> not finite; NOT kept"
+    )

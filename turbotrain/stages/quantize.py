@@ -89,14 +89,17 @@ def run(context: StageContext) -> dict[str, object]:
         )
     for expert, report in reports.items():
         if (said_of := report.finetune) is not None:
-            context.say(_tuning_line(expert, said_of))
+            context.say(tuning_line(expert, said_of))
     context.say(f"latent error {said['latent_error']:.4f} (relative), report in {context.folder / 'report.json'}")
     return {"latent_error": said["latent_error"], "scheme": section.scheme}
 
 
-def _tuning_line(expert: str, said: dict[str, Any]) -> str:
+def tuning_line(expert: str, said: dict[str, Any]) -> str:
     name = f"{expert}-noise expert: fine-tuning" if expert else "fine-tuning"
-    change = f"latent error {said['latent_error_before']} -> {said['latent_error_after']}"
+    after = said["latent_error_after"]
+    change = (
+        f"latent error {said['latent_error_before']:.5f} -> {'not finite' if after is None else format(after, '.5f')}"
+    )
     return (
         f"{name}, {said['steps']} steps: {change}; {'kept' if said['kept'] else 'NOT kept: the untuned weights stay'}"
     )
