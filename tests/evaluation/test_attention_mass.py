@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import turbokernels as tk
@@ -14,6 +16,8 @@ from turbotrain.model.wan import WanTransformer
 SMALL = WanConfig(
     24, 32, 2, 3, in_channels=4, out_channels=4, text_dim=8, text_len=4, freq_dim=16, patch_size=(1, 1, 1)
 )
+
+BLOCKS = AttentionConfig(block_q=16, block_k=16)
 
 
 def _network(attention: AttentionConfig | None = None) -> WanTransformer:
@@ -51,7 +55,7 @@ def test_mass_is_that_of_the_kept_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_every_layer_and_head_is_measured_and_the_kind_does_not_matter() -> None:
     topks = (0.2, 0.5, 1.0)
-    masses = attention_mass(_network(), [_call], topks, 16, 16)
+    masses = attention_mass(_network(), [_call], topks, BLOCKS)
     assert (len(masses), len(masses[0]), len(masses[0][0])) == (3, 2, 3)
     for layer in masses:
         for head in layer:
@@ -60,10 +64,27 @@ def test_every_layer_and_head_is_measured_and_the_kind_does_not_matter() -> None
     dense = _network()
     sparse = WanTransformer(SMALL)
     sparse.load_state_dict(dense.state_dict())
-    again = attention_mass(sparse.set_attention(everything), [_call], topks, 16, 16)
+    again = attention_mass(sparse.set_attention(everything), [_call], topks, BLOCKS)
     torch.testing.assert_close(torch.tensor(again), torch.tensor(masses), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="never asked"):
-        attention_mass(dense, [], topks, 16, 16)
+        attention_mass(dense, [], topks, BLOCKS)
+
+
+def test_tokens_are_watched_in_the_order_that_is_asked_for_and_the_network_stays_as_it_was() -> None:
+    network, cube = _network(), AttentionConfig("sla", topk=1.0, block_q=16, block_k=16, order="cube")
+    own = network.attention_config
+    found = attention_mass(network, [_call], (0.2, 1.0), cube)
+    assert network.attention_config == own
+    in_order = _network().set_attention(dataclasses.replace(own, order="cube", block_q=16, block_k=16))
+    assert found == attention_mass(in_order, [_call], (0.2, 1.0), in_order.attention_config)
+    assert found != attention_mass(network, [_call], (0.2, 1.0), BLOCKS)
+    with pytest.raises(RuntimeError, match="lost"):
+        attention_mass(network, [_lost], (0.2, 1.0), cube)
+    assert network.attention_config == own
+
+
+def _lost(network: torch.nn.Module) -> None:
+    raise RuntimeError("lost")
 
 
 def test_a_budget_goes_where_it_keeps_most() -> None:

@@ -65,7 +65,7 @@ def test_mass_is_the_teachers_in_the_students_order_of_tokens(
     # The teacher with all blocks kept is the same network in the order that is asked for.
     student = AttentionConfig.from_dict({**stored, "layer_topk": [1.0, 1.0]})
     teacher = load_transformer(tiny.teacher, attention=student)
-    found = attention_mass(teacher, calls, LAYER_TOPKS, student.block_q, student.block_k)
+    found = attention_mass(teacher, calls, LAYER_TOPKS, student)
     mass = torch.tensor(found).mean(1)
     torch.testing.assert_close(mass, torch.tensor(choice(tmp_path / "run")["mass"]), rtol=1e-4, atol=1e-5)
 

@@ -5,6 +5,7 @@ Legend: B samples, L tokens, N heads, Q query blocks, K key blocks, T values of 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 import turbokernels as tk
 from torch import Tensor, nn
 
+from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.tangent import Dual
 from turbotrain.model.wan import WanTransformer
 
@@ -26,27 +28,32 @@ def attention_mass(
     network: WanTransformer,
     calls: Iterable[Callable[[nn.Module], Any]],
     topks: Sequence[float],
-    block_q: int,
-    block_k: int,
+    attention: AttentionConfig,
 ) -> Masses:
     """For every layer, head and top-k the share of softmax mass on the blocks that `select_blocks` keeps: a mean over queries,
     samples and passes. topk 1 keeps all: 1.
 
-    The queries and keys are those that the network's own attention sees; its kind does not matter, the order of its tokens does.
+    attention: whose blocks, of tokens in its order; what the network computes is its own attention, in that order.
     """
+    own = network.attention_config
+    blocks = {"order": attention.order, "block_q": attention.block_q, "block_k": attention.block_k}
     layers = len(network.blocks)
     sums: list[Tensor | None] = [None] * layers
     passes = [0] * layers
 
     def look(layer: int, q_BLND: Tensor, k_BLND: Tensor) -> None:
-        held_NT = _held(q_BLND.float(), k_BLND.float(), topks, block_q, block_k)
+        held_NT = _held(q_BLND.float(), k_BLND.float(), topks, attention.block_q, attention.block_k)
         previous = sums[layer]
         sums[layer] = held_NT if previous is None else previous + held_NT
         passes[layer] += 1
 
-    with _watched(network, look):
-        for call in calls:
-            call(network)
+    network.set_attention(dataclasses.replace(own, **blocks))
+    try:
+        with _watched(network, look):
+            for call in calls:
+                call(network)
+    finally:
+        network.set_attention(own)
     found = [total / max(1, count) for total, count in zip(sums, passes) if total is not None]
     if len(found) != layers:
         raise ValueError(f"{layers - len(found)} of {layers} layers were never asked: calls must run the network")

@@ -41,6 +41,7 @@ from turbotrain.pipeline import TurboPipeline
 from turbotrain.quant import DEFAULT_ALPHAS, Finetune, quantize_transformer
 from turbotrain.quant.sites import block_linears
 from turbotrain.records import write_json
+from turbotrain.stages.artifacts import attention_config
 
 # Prompts of the training split: to calibrate, to measure the error that is left (and sensitive layers), to fine-tune, to see
 # attention.
@@ -201,9 +202,9 @@ def _merged(folders: Folders, rcm: Cell, sla: Cell) -> WanTransformer:
 
 def _mass(bench: Bench, network: WanTransformer) -> Masses:
     """Of the network's own blocks, over the passes of the 4-step Turbo sampler; dense ones are asked for the recipe's blocks."""
-    own, section = network.attention_config, bench.config.attention
-    blocks = (own.block_q, own.block_k) if own.is_sparse else (section.block_q, section.block_k)
-    return attention_mass(network, list(calibration_calls(bench, MASS_CLIPS)), LAYER_TOPKS, *blocks)
+    own = network.attention_config
+    blocks = own if own.is_sparse else attention_config(bench.config)
+    return attention_mass(network, calibration_calls(bench, MASS_CLIPS), LAYER_TOPKS, blocks)
 
 
 def _quantize(bench: Bench, network: WanTransformer, row: Row) -> dict[str, Any]:

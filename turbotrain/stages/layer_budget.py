@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -57,16 +56,7 @@ def _mass(
     context: StageContext, source: BatchSource, teacher: WanTransformer, attention: AttentionConfig
 ) -> list[list[float]]:
     """Softmax mass by layer and top-k of LAYER_TOPKS: the mean over heads, and over all processes' samples."""
-    own = teacher.attention_config
-    # The teacher's tokens in the order in which the student will make blocks of them; what it computes is the same.
-    teacher.set_attention(
-        dataclasses.replace(own, order=attention.order, block_q=attention.block_q, block_k=attention.block_k)
-    )
-    try:
-        calls = _calls(context, source)
-        masses = attention_mass(teacher, calls, LAYER_TOPKS, attention.block_q, attention.block_k)
-    finally:
-        teacher.set_attention(own)
+    masses = attention_mass(teacher, _calls(context, source), LAYER_TOPKS, attention)
     # A context group deals the heads out, so that this is the mean over all of them too.
     mean_LK = torch.tensor(masses, dtype=torch.float32, device=context.device).mean(1)
     mean_LK = reduce(mean_LK, "mean")
