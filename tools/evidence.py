@@ -5,7 +5,7 @@
     python tools/evidence.py latency MATRIX --json docs/measurements/h200_evidence_latency.json  # a Wan network's pass, by form
     python tools/evidence.py render docs/measurements/h200_evidence.json        # docs/evidence.md and its figures, from JSON only
 
-Exit status: 0 everything is there, 1 something failed or is left for another call, 2 usage.
+Exit status: 0 everything that was asked for is there, 1 something failed or is left for another call, 2 usage.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"failed: {name}: see {log}", file=sys.stderr)
     if outcome.left:
         print(f"left: {len(outcome.left)} tasks; the same command goes on", file=sys.stderr)
-    return DONE if len(results["rows"]) == total else FAILED
+    return FAILED if outcome.failed or outcome.left else DONE
 
 
 def _measure(options: argparse.Namespace) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +20,6 @@ from turbotrain.model.quant_linear import QuantLinear
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WAN_SLA = AttentionConfig("sla", 0.1, 128, 64, "cube")
 SHAPE = (24, 2, 8, 8)
 
@@ -147,15 +146,13 @@ def test_networks_that_read_images_are_refused() -> None:
 
 
 def test_the_command_writes_what_the_page_reads(
-    matrix_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType,
+    matrix_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    spec = importlib.util.spec_from_file_location("evidence_tool", REPOSITORY / "tools" / "evidence.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     path = tmp_path / "made" / "latency.json"
     call = ["latency", str(matrix_file), "--frames", "5", "--json", str(path)]
     assert tool.main([*call, "--model", "shapes"]) == 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from turbotrain.compose import UsageError
+from turbotrain.evidence import schedule
 from turbotrain.evidence.folders import Folders
 from turbotrain.evidence.matrix import load_matrix
-from turbotrain.evidence.schedule import Task, plan, run_tasks
+from turbotrain.evidence.schedule import Outcome, Task, plan, run_tasks
 from turbotrain.records import write_json
 
 
@@ -110,3 +112,18 @@ def test_chosen_cells_bring_what_they_need_and_the_reference(matrix_file: Path, 
     assert [task.name for task in plan(folders, [], [], [], ["teacher"])] == ["base", "reference", "measure:teacher"]
     with pytest.raises(UsageError, match="nobody"):
         plan(folders, [], [], [], ["nobody"])
+
+
+def test_the_tool_is_done_when_what_was_asked_for_is_there(
+    tool: ModuleType, matrix_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One cell of several is all that `--only` asks for."""
+    asked = ["run", str(matrix_file), "-o", str(tmp_path / "run"), "--only", "teacher"]
+    asked += ["--teacher", str(tmp_path), "--codec", str(tmp_path)]
+    for outcome, status in (
+        (Outcome(done=["measure:teacher"]), 0),
+        (Outcome(left=["measure:teacher"]), 1),
+        (Outcome(failed={"measure:teacher": tmp_path / "log"}), 1),
+    ):
+        monkeypatch.setattr(schedule, "run_tasks", lambda *_, outcome=outcome: outcome)
+        assert tool.main(asked) == status

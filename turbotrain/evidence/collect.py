@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from turbotrain.evidence.folders import Folders, read_json
@@ -35,7 +36,7 @@ def collect(folders: Folders) -> dict[str, Any]:
     }
 
 
-def _facts(folder: Any) -> dict[str, Any]:
+def _facts(folder: Path) -> dict[str, Any]:
     """What a finished stage says of itself; {} where there is none."""
     record = read_record(folder)
     if not record or record.get("status") != "done":
