@@ -17,7 +17,7 @@ from turbotrain.evidence.claims import CLAIMS, Claim, judge_claim
 from turbotrain.evidence.collect import collect
 from turbotrain.evidence.figures import CAPTIONS, figures, pareto_front
 from turbotrain.evidence.folders import Folders
-from turbotrain.evidence.forms import Form, read_latencies
+from turbotrain.evidence.forms import Form, Latencies, read_latencies
 from turbotrain.evidence.matrix import Row, load_matrix
 from turbotrain.evidence.page import LATENCIES, between_marks, readme_block, write_page
 from turbotrain.evidence.rows import Bench, build, measure_cell
@@ -137,8 +137,32 @@ def test_the_page_and_the_readme_say_what_the_files_say(tmp_path: Path) -> None:
     assert readme.read_text().endswith("\n<!-- /evidence -->\nafter\n")
     assert "nothing yet" not in readme.read_text()
     total = len(load_matrix(invented.SHIPPED).rows)
-    assert f"\n{total} of the matrix's {total} rows are in; of {len(CLAIMS)} claims " in readme.read_text()
+    assert f"\n{total} of the matrix's {total} rows are in. Verdicts on {len(CLAIMS)} claims: " in readme.read_text()
     assert readme not in write_page(tmp_path / "results.json", page)  # as it is already
+
+
+def test_a_claim_that_its_interval_leaves_open_is_not_counted_with_those_that_hold() -> None:
+    document = {**invented.results(), "rows": []}
+    found = {(row["cell"], row["row"]): row for row in invented.results()["rows"]}
+
+    def readme(student: list[float]) -> str:
+        kept = {key: found[key] for key in (("teacher", "s50"), ("rcm_staged", "s4"))}
+        kept["teacher", "s50"] = {**kept["teacher", "s50"], "metrics": {"accuracy": [0.97, 0.96, 0.98]}}
+        kept["rcm_staged", "s4"] = {**kept["rcm_staged", "s4"], "metrics": {"accuracy": student}}
+        return readme_block(document, kept, Latencies({}, {}))
+
+    waiting = f"waits for rows ({len(CLAIMS) - 1})"
+    for student, word in ((0.99, "holds"), (0.955, "holds, not significantly"), (0.94, "fails, not significantly")):
+        assert f"claims: {word} (1); {waiting}." in readme([student, student - 0.01, student + 0.01])
+
+
+def test_rows_of_a_group_of_their_own_and_shared_out_top_ks_are_on_the_page(tmp_path: Path) -> None:
+    document = invented.results()
+    document["rows"] = [{**row, "group": "ours"} for row in document["rows"] if row["row"] == "layers"]
+    write_json(tmp_path / "results.json", document)
+    write_page(tmp_path / "results.json", tmp_path / "page.md")
+    section = (tmp_path / "page.md").read_text().partition("## ours\n")[2].partition("## ")[0]
+    assert "| the same, top-k 0.1 on average, by layer: 0.05, 0.05, 0.1, 0.15 | 20 |" in section
 
 
 @pytest.mark.parametrize("text", ["", "<!-- evidence -->", "<!-- /evidence --><!-- evidence -->", "no marks"])

@@ -27,6 +27,7 @@ class Claim:
     factor: float = 1.0
 
 
+WORDS = ("holds", "fails", "holds, not significantly", "fails, not significantly")
 TEACHER, STUDENT, TURBO = ("teacher", "s50"), ("rcm_staged", "s4"), ("turbo", "int8_4")
 CLAIMS = (
     Claim("rCM covers at least as much as DMD, 4 steps", STUDENT, ("dmd", "s4"), "coverage"),
@@ -52,7 +53,7 @@ CLAIMS = (
 @dataclass(frozen=True)
 class Verdict:
     """difference: by how much the claim holds (negative: fails), with a 95% interval. paired: prompt by prompt; otherwise the two
-    rows count as independent, which is wider. word: holds | fails, or `holds, not significantly`, `fails, not significantly`."""
+    rows count as independent, which is wider where they err alike. word: one of WORDS."""
 
     claim: Claim
     left: float
@@ -64,9 +65,8 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        if self.low >= 0 or self.high < 0:
-            return "holds" if self.low >= 0 else "fails"
-        return f"{'holds' if self.difference >= 0 else 'fails'}, not significantly"
+        decided = self.low >= 0 or self.high < 0
+        return WORDS[2 * (not decided) + (self.difference < 0)]
 
 
 def judge_claim(claim: Claim, rows: Rows) -> Verdict | None:

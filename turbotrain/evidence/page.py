@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from turbotrain.evaluation.video import write_bytes
-from turbotrain.evidence.claims import CLAIMS, Key, Rows, judge_claim
+from turbotrain.evidence.claims import CLAIMS, WORDS, Key, Rows, Verdict, judge_claim
 from turbotrain.evidence.figures import CAPTIONS, figures
 from turbotrain.evidence.forms import Latencies, read_latencies
 
 GROUPS = {
     "teacher": ("The teacher", "In its own sampler (UniPC, guidance: two passes a step), and undistilled in the Turbo sampler."),
     "turbo": ("Turbo", "Everything at once: sparse-linear attention, four steps or fewer, 8 bits."),
-    "distillation": ("Distillation", "Dense attention; all methods make the same number of updates of the student."),
+    "distillation": ("Distillation", "Dense attention; all methods make the same number of updates of the student, but for those "
+                     "whose title has another."),
     "sla": ("Sparse-linear attention", "In the teacher's sampler at 20 steps, so that nothing but attention differs. Sparse "
             "attention alone is SLA with a projection of zero: it takes SLA's time."),
     "composition": ("Composition", "Three ways to bring SLA and rCM together; sequential is the section Turbo."),
@@ -74,17 +76,20 @@ def readme_block(document: Mapping[str, Any], rows: Rows, latencies: Latencies) 
     if not table:
         return ""
     prompts, seeds = document["prompts"], document["seeds"]
-    verdicts = [judge_claim(claim, rows) for claim in CLAIMS]
-    held = sum(verdict is not None and verdict.difference >= 0 for verdict in verdicts)
-    failed = sum(verdict is not None and verdict.difference < 0 for verdict in verdicts)
-    waiting = f", {verdicts.count(None)} wait for rows" if None in verdicts else ""
     facts = [
-        f"{len(rows)} of the matrix's {document['planned_rows']} rows are in; "
-        f"of {len(CLAIMS)} claims {held} hold, {failed} fail{waiting}.",
-        f"{prompts * seeds:,} videos a row ({prompts:,} held-out prompts, {seeds} seeds), 95% intervals over prompts.",
+        f"{len(rows)} of the matrix's {document['planned_rows']} rows are in. Verdicts on {len(CLAIMS)} claims: "
+        f"{_tally([judge_claim(claim, rows) for claim in CLAIMS])}.",
+        f"{prompts * seeds:,} videos a row ({prompts:,} held-out prompts, {seeds} seeds), 95% intervals over prompts; every",
+        "network was trained once, and what another run of its training would give is in no interval.",
         "Everything else, with figures and what each published claim comes to: [docs/evidence.md](docs/evidence.md).",
     ]
     return "\n".join([*table, *_about_latency(latencies, "docs/measurements"), *facts])
+
+
+def _tally(verdicts: Sequence[Verdict | None]) -> str:
+    """`holds (2); fails, not significantly (1); waits for rows (8)`: what its interval does not decide is counted apart."""
+    counted = Counter("waits for rows" if verdict is None else verdict.word for verdict in verdicts)
+    return "; ".join(f"{word} ({counted[word]})" for word in (*WORDS, "waits for rows") if counted[word])
 
 
 def between_marks(text: str, block: str) -> str:
@@ -110,7 +115,8 @@ def _page(
         "edited by hand.",
         "",
         f"{document['prompts']:,} held-out prompts, {document['seeds']} seeds each: {videos:,} videos a row, from the same noise",
-        "in every row. Values with 95% intervals over prompts (all seeds of a prompt are resampled together).",
+        "in every row. Values with 95% intervals over prompts (all seeds of a prompt are resampled together). Every network was",
+        "trained once: what another run of its training would give is in no interval.",
         f"{environment.get('device', 'Unknown device')}, torch {environment.get('torch', '?')}. {len(rows)} of the",
         f"{document['planned_rows']} rows of `configs/evidence/{document['name']}.yaml` are in.",
         *([document["note"]] if "note" in document else []),
@@ -124,10 +130,14 @@ def _page(
     ]
     for name in drawn:
         lines += [f"![{CAPTIONS[name]}](figures/{name})", "", f"*{CAPTIONS[name]}*", ""]
-    for group, (title, about) in GROUPS.items():
+    named = {row["group"]: (row["group"], "") for row in rows.values()}
+    for group, (title, about) in {
+        **GROUPS,
+        **{name: told for name, told in named.items() if name not in GROUPS},
+    }.items():
         members = [row for row in rows.values() if row["group"] == group]
         if members:
-            lines += [f"## {title}", "", about, "", *_table(members), ""]
+            lines += [f"## {title}", "", *([about, ""] if about else []), *_table(members), ""]
     lines += ["## By attribute", "", *_attributes(list(rows.values())), ""]
     return lines + _how(document)
 
@@ -191,8 +201,10 @@ def _claims(rows: Rows) -> list[str]:
     open_ones = len(CLAIMS) - len(verdicts)
     lines += [
         "",
+        "by: how far the claim is met, its margin or factor counted; below 0 it fails. An interval around 0 decides nothing.",
         "Intervals of accuracy are paired, prompt by prompt; those of coverage and spread take the two rows as independent,",
-        "which is wider.",
+        "though they share prompts and noise. Each interval is for its claim alone, and says how two networks differ, not two",
+        "methods: every one was trained once.",
     ]
     if open_ones:
         lines += [f"{open_ones} more claims wait for rows that have not been run."]
@@ -207,15 +219,21 @@ def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     for row in members:
         values = " | ".join(_value(row, name) for name, _ in shown)
-        lines.append(f"| {row['title']} | {row['steps']} | {values} |")
+        lines.append(f"| {_title(row)} | {row['steps']} | {values} |")
     return lines
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    """With the top-k of every layer where they were shared out: the uniform one may have come of it."""
+    topks = row["attention"].get("layer_topk")
+    return f"{row['title']}: {', '.join(f'{topk:g}' for topk in topks)}" if topks else row["title"]
 
 
 def _attributes(members: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"| method | steps | {' | '.join(ATTRIBUTES)} |", f"|---|---|{'---|' * len(ATTRIBUTES)}"]
     for row in members:
         values = " | ".join(_value(row, name) for name in ATTRIBUTES)
-        lines.append(f"| {row['title']} | {row['steps']} | {values} |")
+        lines.append(f"| {_title(row)} | {row['steps']} | {values} |")
     return lines
 
 
@@ -246,7 +264,8 @@ def _how(document: Mapping[str, Any]) -> list[str]:
         "- Frechet: between Gaussians fitted to features of a fixed random convolutional network (seeded, untrained, 128 numbers",
         f"  a clip), against {document['real']:,} rendered clips of other captions. PSNR, SSIM: to the teacher at 50 steps,",
         "  every fourth frame.",
-        "- Means and ratios: bootstrap over prompts, 1,000 resamples; coverage, Frechet: jackknife over prompts.",
+        "- Means and ratios: bootstrap over prompts, 1,000 resamples; coverage: jackknife over prompts; Frechet: over 16 groups",
+        "  of prompts.",
         "",
     ]
     training = {**document.get("base", {}), **document.get("training", {})}
