@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "run" and options.per_gpu < 1:
         parser.error(f"--per-gpu {options.per_gpu}: at least 1")
-    if options.command in ("run", "latency") and options.minutes < 0:
+    if options.command in ("run", "latency") and not options.minutes >= 0:
         parser.error(f"--minutes {options.minutes:g}: not negative")
     return options
 
@@ -94,6 +94,7 @@ def _run(options: argparse.Namespace) -> int:
             raise UsageError(f"--{name} {path}: no such file or folder")
     if given:
         write_json(root / "given.json", {name: str(path) for name, path in given.items()})
+    folders.declare(options.overrides)
     write_json(root / "overrides.json", {"overrides": options.overrides})
     train = [sys.executable, str(ROOT / "train.py")]
     measure = [sys.executable, str(Path(__file__).resolve()), "measure", str(options.matrix.absolute()), str(root)]

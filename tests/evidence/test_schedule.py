@@ -127,3 +127,43 @@ def test_the_tool_is_done_when_what_was_asked_for_is_there(
     ):
         monkeypatch.setattr(schedule, "run_tasks", lambda *_, outcome=outcome: outcome)
         assert tool.main(asked) == status
+
+
+def test_what_came_of_other_settings_is_not_gone_on_with(matrix_file: Path, tmp_path: Path) -> None:
+    folders = Folders(tmp_path / "run", load_matrix(matrix_file))
+    folders.root.mkdir()
+
+    def changed(old: str, new: str, overrides: list[str]) -> Folders:
+        text = matrix_file.read_text()
+        assert old in text
+        other = tmp_path / "other" / matrix_file.name
+        other.parent.mkdir(exist_ok=True)
+        other.write_text(text.replace(old, new, 1))
+        found = Folders(folders.root, load_matrix(other))
+        found.declare(overrides)
+        return found
+
+    folders.declare(["seed=3"])
+    changed("attention.topk=0.1", "attention.topk=0.3", ["seed=4"])  # nothing is there yet
+    folders.declare(["seed=3"])
+    (folders.root / "cells" / "sla010").mkdir(parents=True)
+    turbo = folders.matrix.cell("turbo")
+    folders.result(turbo, turbo.rows[0]).parent.mkdir(parents=True)
+    folders.result(turbo, turbo.rows[0]).write_text("{}")
+    folders.declare(["seed=3", "logging.interval=5"])
+    changed("title: Turbo", "title: Fast", ["seed=3"])  # what it is called may change,
+    changed("int8_4: {steps: 4", "int8_4: {steps: 2", ["seed=3"])  # and what has not been measured
+    changed("  copy:", "  more: {group: turbo, network: teacher, rows: {s1: {steps: 1}}}\n  copy:", ["seed=3"])
+    for old, new, overrides, words in (
+        ("attention.topk=0.1", "attention.topk=0.3", ["seed=3"], r"cells.sla010.train=.*0.3.* came of .*0.1"),
+        (
+            "s1: {steps: 1}\n      int8",
+            "s1: {steps: 2}\n      int8",
+            ["seed=3"],
+            "cells.turbo.rows.s1.steps=2: .* came of 1",
+        ),
+        ("prompts: 2", "prompts: 3", ["seed=3"], "matrix.prompts=3: .* came of 2; give another --output"),
+        ("prompts: 2", "prompts: 2", ["seed=4"], r"matrix.overrides=\['seed=4'\]"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            changed(old, new, overrides)

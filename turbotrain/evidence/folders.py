@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from turbotrain.compose import UsageError
 from turbotrain.evidence.matrix import TEACHER, Cell, Matrix, Row
-from turbotrain.records import status
+from turbotrain.records import status, write_json
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,41 @@ class Folders:
 
     def result(self, cell: Cell, row: Row) -> Path:
         return self.root / "results" / cell.name / f"{row.name}.json"
+
+    def declare(self, overrides: Sequence[str]) -> None:
+        """Note what trainings and rows come of, beside what is there. overrides: of every training.
+
+        Raises:
+            UsageError: something that is there came of other settings. It would be shown as if it had come of these.
+        """
+        path, matrix = self.root / "declared.json", self.matrix
+        now: dict[str, dict[str, Any]] = {
+            "matrix": {
+                **{name: getattr(matrix, name) for name in ("recipe", "base", "common", "prompts", "seeds", "real")},
+                "overrides": [said for said in overrides if not said.startswith("logging.")],
+                "given": self.given(),
+            }
+        }
+        made = {"matrix": any((self.root / name).exists() for name in ("base", "cells", "results"))}
+        for cell in matrix.cells:
+            where = f"cells.{cell.name}"
+            now[where] = {name: getattr(cell, name) for name in ("stage", "train", "network", "merge_sla", "merge_rcm")}
+            made[where] = any((self.root / name / cell.name).exists() for name in ("cells", "results"))
+            for row in cell.rows:
+                now[f"{where}.rows.{row.name}"] = {**asdict(row), "label": ""}
+                made[f"{where}.rows.{row.name}"] = self.result(cell, row).is_file()
+        now = json.loads(json.dumps(now))
+        before = read_json(path)
+        for where, values in now.items():
+            earlier = before.get(where, {})
+            changed = [name for name, value in earlier.items() if values.get(name, value) != value]
+            if changed and made[where]:
+                name = changed[0]
+                raise UsageError(
+                    f"{where}.{name}={values[name]!r}: what lies in {self.root} came of {earlier[name]!r}; give another "
+                    "--output, or remove what came of it (in cells/ and results/)"
+                )
+        write_json(path, {**before, **now})
 
     def missing(self, cell: Cell) -> list[Row]:
         """Rows that are still to be measured."""
