@@ -110,7 +110,7 @@ def _page(
     lines = [
         "# Evidence",
         "",
-        "What each acceleration costs in quality, measured on a world that code can judge exactly. Written by",
+        "What each acceleration costs in quality, measured on a world whose videos code can judge. Written by",
         f"`python tools/evidence.py render docs/measurements/{results.name}` from that file and the latencies beside it: not",
         "edited by hand.",
         "",
