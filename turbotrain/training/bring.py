@@ -19,4 +19,5 @@ def bring(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.fl
         if not isinstance(parameter, DTensor):
             wanted = torch.float32 if FLOAT32_ISLANDS.search(name) is not None else dtype
             # On the CPU even of the same dtype: a file's pages are no place to train in.
-            parameter.data = parameter.data.to(device, wanted, copy=device.type == "cpu")
+            # Pickles keep strides too; sharded and saved are only tensors whose rows follow each other.
+            parameter.data = parameter.data.to(device, wanted, copy=device.type == "cpu").contiguous()
