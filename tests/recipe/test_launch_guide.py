@@ -113,15 +113,17 @@ def test_files_and_keys_that_the_guide_names_exist() -> None:
 
 def run_script(folder: Path, status: int, restarts: int = 0) -> tuple[int, str, str]:
     """(exit status, what the training processes were told, what was asked of SLURM), with two tasks."""
+    said = "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $SRUN_CPUS_PER_TASK"
     programs = {
         "srun": 'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" || worst=$?; done; exit ${worst:-0}',
         "scontrol": f'echo "$@" >> {folder}/asked; if [ "$1" = show ]; then echo first; echo second; fi',
-        "python": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT|$*" >> {folder}/told; exit {status}',
+        "python": f'echo "{said}|$*" >> {folder}/told; exit {status}',
     }
     for name, body in programs.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
-    told = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_RESTART_COUNT": str(restarts)}
+    told = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "6"}
+    told["SLURM_RESTART_COUNT"] = str(restarts)
     environment = {**os.environ, **told, "PATH": f"{folder}:{os.environ['PATH']}", "MASTER_PORT": "29511"}
     words = ["bash", str(SCRIPT), "recipe=shapes", "stages=[data, sla]"]
     done = subprocess.run(words, env=environment, cwd=folder, check=False)
@@ -132,7 +134,7 @@ def test_the_script_tells_every_process_who_it_is(tmp_path: Path) -> None:
     status, told, asked = run_script(tmp_path, 0)
     assert status == 0
     arguments = "train.py recipe=shapes stages=[data, sla]"
-    assert told.splitlines() == [f"{rank} {rank} 2 first 29511|{arguments}" for rank in (0, 1)]
+    assert told.splitlines() == [f"{rank} {rank} 2 first 29511 6|{arguments}" for rank in (0, 1)]
     assert "requeue" not in asked
 
 
