@@ -17,6 +17,7 @@ from turbotrain.model.lora import add_lora
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.context import Passes, StageContext
+from turbotrain.stages.rcm import StepWork
 from turbotrain.training.flops import backward_flops, forward_flops
 from turbotrain.training.meter import Meter, Work
 
@@ -79,6 +80,23 @@ def test_a_step_counts_what_it_trains(tmp_path: Path) -> None:
         one = forward_flops(network, SPARSE, grid, lora) + backward_flops(network, SPARSE, grid, lora)
         assert work[rank] == pytest.approx(2 * (one + forward_flops(network, AttentionConfig(), grid)))
     assert work[8] < 0.9 * work[0]
+
+
+def test_a_high_noise_experts_step_counts_its_boundary_condition(tmp_path: Path) -> None:
+    """One more forward and backward pass of the student, and a forward pass of the low-noise one's: in scm alone."""
+    config = load_config(["recipe=wan2.2_t2v_a14b", "model.expert=high", "data.path=shards", "model.teacher=teacher"])
+    context = StageContext("rcm", config, tmp_path, {}, Accelerator(cpu=True))
+    low = AttentionConfig("sla", 0.2, 64, 64)
+    alone, bound = StepWork(context, SPARSE, AttentionConfig()), StepWork(context, SPARSE, AttentionConfig(), low)
+    network, grid = context.variant.config, context.latent_shape[1:]
+    more = (
+        forward_flops(network, SPARSE, grid) + backward_flops(network, SPARSE, grid) + forward_flops(network, low, grid)
+    )
+    for dmd in (False, True):
+        found = bound.student("scm", dmd).flops - alone.student("scm", dmd).flops
+        assert found == pytest.approx(config.rcm.batch_size * more)
+        assert bound.student("dcm", dmd) == alone.student("dcm", dmd)
+    assert bound.critic() == alone.critic()
 
 
 def test_sparse_attention_counts_what_it_keeps() -> None:

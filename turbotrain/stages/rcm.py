@@ -58,7 +58,8 @@ class RcmTask:
             self.roles["critic"] = context.role("critic", fake, section.critic_optim, section.steps)
         # The high-noise expert's consistency ends where the low-noise one takes over: its student is the boundary condition.
         self.low = context.frozen("low") if "low" in context.inputs else None
-        self.work = StepWork(context, self.network.attention_config, self.teacher.attention_config)
+        low = None if self.low is None else self.low.attention_config
+        self.work = StepWork(context, self.network.attention_config, self.teacher.attention_config, low)
 
     def plan(self, step: int, draw: int) -> Plan:
         """One loss at a time: the consistency term's graph is gone when the score term's begins."""
@@ -224,20 +225,29 @@ class RcmTask:
 
 class StepWork:
     """What each kind of step has to do. The teacher answers twice, with and without the prompt; a discrete step asks the student
-    twice; simulated samples take 0 to 3 passes before the last."""
+    twice; simulated samples take 0 to 3 passes before the last. low: of the low-noise expert's student, where it is the
+    continuous term's boundary condition."""
 
-    def __init__(self, context: StageContext, attention: AttentionConfig, teacher: AttentionConfig) -> None:
-        self.context, self.attention, self.of_teacher = context, attention, teacher
+    def __init__(
+        self,
+        context: StageContext,
+        attention: AttentionConfig,
+        teacher: AttentionConfig,
+        low: AttentionConfig | None = None,
+    ) -> None:
+        self.context, self.attention, self.of_teacher, self.low = context, attention, teacher, low
         self.teacher = 1.0 if context.guidance == 1 else 2.0
         self.simulated = (SIMULATION_STEPS - 1) / 2
 
     def student(self, cm: str, dmd: bool) -> Work:
         forward = {"scm": 1.0, "dcm": 2.0, "none": 0.0}[cm] + (1.0 + self.simulated if dmd else 0.0)
         losses = (cm != "none") + dmd
+        boundary = 0.0 if self.low is None or cm != "scm" else 1.0
         return self._work(
-            Passes(self.attention, forward, losses, tangents=float(cm == "scm")),
+            Passes(self.attention, forward + boundary, losses + boundary, tangents=float(cm == "scm")),
             Passes(self.of_teacher, self.teacher * losses, trained=False),
             Passes(AttentionConfig(), float(dmd)),
+            Passes(self.low or AttentionConfig(), boundary, trained=False),
         )
 
     def critic(self) -> Work:
