@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from recipe_world import ROOT, read_metrics, read_status, train_here, weights
 from tiny_wan import KINDS, run_arguments, use_tiny, write_model, write_picture
 
@@ -21,7 +23,11 @@ from turbotrain.losses import LossOutput, critic
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS
 from turbotrain.model.wan import WanTransformer
+from turbotrain.stages.artifacts import attention_config
+from turbotrain.stages.context import Passes, StageContext
+from turbotrain.stages.rcm import StepWork
 from turbotrain.training.flops import forward_flops
+from turbotrain.training.meter import PEAK_FLOPS
 
 sys.path.insert(0, str(ROOT / "tools"))
 import build_dataset
@@ -173,6 +179,32 @@ def test_computed_memory_is_what_the_page_says() -> None:
             f"{dense:.2f} / {sparse:.2f}",
             f"{2 * numbers / 1e6:.1f} MB",
         ], name
+
+
+def test_computed_seconds_are_what_the_pages_say(tmp_path: Path) -> None:
+    """docs/wan_recipes.md and the recipes' pages: FLOPs of a step at the MFU that 1.3B has in the measurement."""
+    runs = json.loads((ROOT / "docs" / "measurements" / "h200_training_1.3b_480p.json").read_text())["runs"]
+    mfu = {row["kind"]: row["mfu"] for row in runs[0]["rows"] if row["case"] in ("sla", "dcm", "scm", "dmd")}
+    text = (ROOT / "docs" / "wan_recipes.md").read_text().partition("### Steps that were not timed")[2]
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| wan")]
+    assert {row[0].strip().removesuffix(", high") for row in rows} == {*WAN} - {"wan2.1_t2v_1.3b_480p"}
+    for name, *figures in rows:
+        recipe, _, high = name.strip().partition(", ")
+        config = load_config([f"recipe={recipe}", "rcm.batch_size=1"])
+        context = StageContext("rcm", config, tmp_path, {}, Accelerator(cpu=True))
+        sparse, dense = attention_config(config), AttentionConfig()
+        step = StepWork(context, sparse, dense, sparse if high else None)
+        work = {
+            "sla": context.work(1, Passes(sparse, 1.0, 1.0), Passes(dense, 1.0, trained=False)),
+            "dcm": step.student("dcm", dmd=False),
+            "scm": step.student("scm", dmd=False),
+            "scm+dmd": step.student("scm", dmd=True),
+            "critic": step.critic(),
+        }
+        said = [figure.strip() for figure in figures]
+        assert said == [f"{work[kind].flops / (PEAK_FLOPS['H200'] * mfu[kind]):.1f}" for kind in work], name
+        page = "SLA {}, dcm {}, scm {}, scm + dmd {}, critic {}".format(*said)
+        assert page in (ROOT / "recipes" / f"{recipe}.md").read_text(), name
 
 
 def test_two_experts_need_a_choice() -> None:
