@@ -103,7 +103,7 @@ def test_the_sum_is_written_from_any_layout(layout: str, tmp_path: Path, capsys:
     meta = read_meta(tmp_path / "out")
     assert meta.sampler is not None
     assert meta.sampler["sigma_max"] == 80.0
-    assert meta.lineage == [{"stage": "rcm"}]
+    assert meta.lineage == [{"stage": "rcm"}, {"stage": "lora", "weight": 0.5, "files": [lora.name]}]
 
 
 def test_the_bases_dtype_stays(tmp_path: Path) -> None:

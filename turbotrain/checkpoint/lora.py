@@ -148,14 +148,15 @@ def with_lora(
             f"{source}: a LoRA of another network than {layouts.describe(network.config)}: {len(wrong)} of its layers do not "
             f"fit: {shorten(wrong, 3)}"
         )
-    meta = dataclasses.replace(
-        network.meta, lineage=[*network.meta.lineage, {"stage": "lora", "weight": weight, "files": [Path(source).name]}]
-    )
+    entry = {"stage": "lora", "weight": weight, "files": [Path(source).name]}
+    meta = dataclasses.replace(network.meta, lineage=[*network.meta.lineage, entry])
     brings_p, has_p = (any(P_OF_SLA in name for name in names) for names in (change, network.native))
     if said is not None:
         sampler = said.sampler or meta.sampler
         attention = said.attention if brings_p or not has_p else meta.attention  # a dense adapter leaves SLA as it is
-        meta = dataclasses.replace(meta, attention=attention, sampler=sampler, lineage=[*said.lineage])
+        meta = dataclasses.replace(meta, attention=attention, sampler=sampler)
+        # With its whole weight it is what its own training ended with.
+        meta = dataclasses.replace(meta, lineage=[*said.lineage] if weight == 1 else [*said.lineage, entry])
     elif brings_p and not has_p:
         # The base has no SLA yet, and the file does not say which: as every file with P and without metadata is read.
         meta = dataclasses.replace(meta, attention=layouts.infer_attention(change).to_dict())
