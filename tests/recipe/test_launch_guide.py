@@ -1,5 +1,5 @@
-"""docs/launch.md: every command is one that runs. Recipes and overrides compose and dry-run, launchers know their options,
-batches divide by the processes; the SLURM script tells processes who they are, and queues itself again when it should."""
+"""docs/launch.md and docs/wan_recipes.md: every command is one that runs. Recipes and overrides compose and dry-run,
+launchers know their options, batches divide by the processes; the SLURM script tells processes who they are, and queues itself again when it should."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from turbotrain.config import Config, load_config
 from turbotrain.model.variants import VARIANTS
 
 GUIDE = ROOT / "docs" / "launch.md"
+PAGES = (GUIDE, ROOT / "docs" / "wan_recipes.md")
 SCRIPT = ROOT / "tools" / "train.sbatch"
 SLURM = {"SLURM_NNODES": "4", "SLURM_NODEID": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 
@@ -46,7 +47,8 @@ class Command:
 def commands() -> list[Command]:
     """Of every fenced block, those with train.py or the SLURM script."""
     found = []
-    for block in re.findall(r"```sh\n(.*?)```", GUIDE.read_text(), re.DOTALL):
+    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
+    for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             if "train." not in line:
                 continue

@@ -190,19 +190,20 @@ def test_computed_seconds_are_what_the_pages_say(tmp_path: Path) -> None:
     assert {row[0].strip().removesuffix(", high") for row in rows} == {*WAN} - {"wan2.1_t2v_1.3b_480p"}
     for name, *figures in rows:
         recipe, _, high = name.strip().partition(", ")
-        config = load_config([f"recipe={recipe}", "rcm.batch_size=1"])
+        config = composed(recipe)
         context = StageContext("rcm", config, tmp_path, {}, Accelerator(cpu=True))
         sparse, dense = attention_config(config), AttentionConfig()
         step = StepWork(context, sparse, dense, sparse if high else None)
         work = {
-            "sla": context.work(1, Passes(sparse, 1.0, 1.0), Passes(dense, 1.0, trained=False)),
+            "sla": context.work(config.rcm.batch_size, Passes(sparse, 1.0, 1.0), Passes(dense, 1.0, trained=False)),
             "dcm": step.student("dcm", dmd=False),
             "scm": step.student("scm", dmd=False),
             "scm+dmd": step.student("scm", dmd=True),
             "critic": step.critic(),
         }
         said = [figure.strip() for figure in figures]
-        assert said == [f"{work[kind].flops / (PEAK_FLOPS['H200'] * mfu[kind]):.1f}" for kind in work], name
+        rate = PEAK_FLOPS["H200"] * config.rcm.batch_size
+        assert said == [f"{work[kind].flops / (rate * mfu[kind]):.1f}" for kind in work], name
         page = "SLA {}, dcm {}, scm {}, scm + dmd {}, critic {}".format(*said)
         assert page in (ROOT / "recipes" / f"{recipe}.md").read_text(), name
 
