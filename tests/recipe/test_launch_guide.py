@@ -1,5 +1,6 @@
-"""docs/launch.md and docs/wan_recipes.md: every command is one that runs. Recipes and overrides compose and dry-run,
-launchers know their options, batches divide by the processes; the SLURM script tells processes who they are, and queues itself again when it should."""
+"""docs/launch.md and docs/wan_recipes.md: every command is one that runs. Recipes and overrides compose and dry-run, launchers
+know their options, batches divide by the processes; the SLURM script tells processes who they are, and queues itself again
+when it should."""
 
 from __future__ import annotations
 
