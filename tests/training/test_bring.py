@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import socket
 from pathlib import Path
 
@@ -12,42 +11,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from host_memory import peak_bytes
-from torch import nn
+from network_files import DEEP, SMALL, save
 
-from turbotrain.checkpoint import CheckpointMeta, load_transformer, save_checkpoint
+from turbotrain.checkpoint import load_transformer
 from turbotrain.checkpoint.io import map_transformer
 from turbotrain.model.quant_linear import quantize_block_linears
-from turbotrain.model.variants import VARIANTS, WanConfig
 from turbotrain.model.wan import FLOAT32_ISLANDS, WanTransformer
 from turbotrain.training.bring import bring
 from turbotrain.training.fsdp import shard
 
 CPU = torch.device("cpu")
-SMALL = dataclasses.replace(VARIANTS["shapes"].config, dim=128, ffn_dim=192, num_heads=1, num_layers=2)
-# 105 MB in float32, 4 MB a block.
-DEEP = dataclasses.replace(VARIANTS["shapes"].config, dim=256, ffn_dim=1024, num_heads=2, num_layers=24, freq_dim=32)
 M_MMAP_THRESHOLD = -3
-
-
-def save(folder: Path, config: WanConfig, kind: str) -> tuple[Path, int]:
-    """(the checkpoint, bytes of its numbers in float32)."""
-    torch.manual_seed(0)
-    network = WanTransformer(config)
-    nn.init.normal_(network.head.head.weight)
-    numbers = sum(parameter.numel() for parameter in network.parameters())
-    if kind == "bf16":
-        network.set_weight_dtype(torch.bfloat16)
-    for block in network.blocks if kind == "int8" else ():
-        quantize_block_linears(block, "int8_channel")
-    if kind == "pth":
-        state = network.state_dict()
-        state["blocks.0.ffn.0.weight"] = state["blocks.0.ffn.0.weight"].T.contiguous().T  # a pickle keeps strides
-        torch.save(state, folder / "network.pth")
-        return folder / "network.pth", 4 * numbers
-    scheme = {"scheme": "int8_channel"} if kind == "int8" else None
-    meta = CheckpointMeta("shapes", config.to_dict(), network.attention_config.to_dict(), quantization=scheme)
-    save_checkpoint(folder / "network", network.state_dict(), meta)
-    return folder / "network", 4 * numbers
 
 
 @pytest.mark.parametrize("kind", ["float32", "bf16", "int8", "pth"])
@@ -61,6 +35,16 @@ def test_what_is_mapped_and_brought_is_what_is_loaded(kind: str, tmp_path: Path)
             assert found[name].dtype == (torch.float32 if FLOAT32_ISLANDS.search(name) else dtype), name
             assert torch.equal(found[name], tensor), name
         assert all(parameter.requires_grad and parameter.is_contiguous() for parameter in network.parameters())
+
+
+def test_buffers_keep_their_dtypes() -> None:
+    block = WanTransformer(SMALL).blocks[0]
+    quantize_block_linears(block, "int8_channel")
+    block.register_buffer("smooth_attn", torch.rand(SMALL.dim))
+    before = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    bring(block, CPU, torch.bfloat16)
+    after = dict(block.named_buffers())
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_training_what_was_brought_leaves_the_file_alone(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class TeacherTask:
             inputs = (batch.latent_BCTHW, times, batch.embed_BLD)
             mixed = context.config.launch.mixed_precision == "bf16"
             bring(self.network, context.device)
-            capture(self.network.to(context.device), inputs, mixed)
+            capture(self.network, inputs, mixed)
         role = context.role("teacher", self.network, section.optim, section.steps)
         self.roles = {"teacher": role}
         self.average = PowerEMA(role.weights(), rate=section.ema_rate)

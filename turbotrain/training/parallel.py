@@ -126,7 +126,6 @@ def make_role(
         return ShardedRole(name, network, network, optimizer, rate, optim.grad_clip)
     if not has_lora(network):  # which lies over weights that are there already
         bring(network, accelerator.device)
-    network.to(accelerator.device)
     if engine.startswith("zero"):
         from turbotrain.training.zero import zero_role
 
@@ -155,7 +154,6 @@ def make_frozen(
 
         return shard(network, accelerator.device, dtype)
     bring(network, accelerator.device, dtype)
-    network.to(accelerator.device)
     if scheme:
         prepare_for_inference(network)
     return network
