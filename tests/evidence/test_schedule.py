@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +74,33 @@ def test_time_ends_children_who_may_save_first(tmp_path: Path) -> None:
     assert outcome.left == ["long", "later"]
     assert not outcome.failed
     assert (tmp_path / "saved").exists()
+
+
+def test_an_interruption_ends_children_who_may_save_first(tmp_path: Path) -> None:
+    """They have sessions of their own, which no signal to this process reaches."""
+    saving = (
+        "import signal, sys, time, pathlib\n"
+        f"folder = pathlib.Path({str(tmp_path)!r}); me = sys.argv[1]\n"
+        "def save(*_): (folder / ('saved' + me)).touch(); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, save); (folder / ('ready' + me)).touch(); time.sleep(60)"
+    )
+    tasks = [_task(tmp_path, name, saving) for name in ("a", "b", "later")]
+    for task in tasks:
+        task.command.append(task.name)
+    began = time.monotonic()
+
+    def interrupt() -> None:
+        while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < began + 30:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=interrupt, daemon=True).start()
+    outcome = run_tasks(tasks, [""], 2, 0, lambda line: None)
+    assert time.monotonic() - began < 20
+    assert (outcome.left, outcome.failed) == (["a", "b", "later"], {})
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == ["saveda", "savedb"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_plan_holds_what_is_missing_and_nothing_else(matrix_file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,13 +175,16 @@ class Queue:
         return child.returncode
 
     def stop(self) -> None:
-        """No further task begins; running children are ended."""
+        """No further task begins; running children are ended, all at the same time."""
         with self._changed:
             self.deadline = 0.0
             children = list(self._children)
             self._changed.notify_all()
-        for child in children:
-            _end(child)
+        enders = [threading.Thread(target=_end, args=(child,)) for child in children]
+        for ender in enders:
+            ender.start()
+        for ender in enders:
+            ender.join()
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -196,10 +200,24 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         return
 
 
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Children have sessions of their own: were this process just to end, they would run on, and hold their GPUs."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_tasks(
     tasks: Sequence[Task], gpus: Sequence[str], per_gpu: int, minutes: float, say: Callable[[str], None] = print
 ) -> Outcome:
-    """Run `tasks` until they are done or time is up.
+    """Run `tasks` until they are done, time is up, or this process is interrupted (Ctrl-C, SIGTERM): what had to stop is left.
 
     Args:
         gpus: names for CUDA_VISIBLE_DEVICES; [""] leaves the machine as it is (no GPU).
@@ -220,14 +238,17 @@ def run_tasks(
 
     # Slot by slot over the GPUs, so that the most important tasks do not share one.
     threads = [threading.Thread(target=work, args=(gpu,), daemon=True) for _ in range(per_gpu) for gpu in gpus]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
-        queue.stop()
-        raise
+    with _interrupted_by_sigterm():
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            say("interrupted: what runs is asked to save and go")
+            queue.stop()
+            for thread in threads:
+                thread.join()
     outcome = Outcome()
     for task in tasks:
         if task.state == "done":
