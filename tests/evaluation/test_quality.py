@@ -18,9 +18,10 @@ from turbotrain.evaluation.quality import (
     clip_ssim,
     coverage_of_counts,
     entropy_of_counts,
+    prompt_values,
     summarise,
 )
-from turbotrain.evaluation.readings import judge_clips
+from turbotrain.evaluation.readings import Judgements, judge_clips
 
 SEEDS = 2
 
@@ -91,6 +92,27 @@ def test_a_summary_of_rendered_clips(clips_and_frames) -> None:
     assert found["accuracy"][1] < found["accuracy"][0] == pytest.approx(float(_pooled(wrong)), abs=1e-5)
     with pytest.raises(ValueError, match="7 seeds"):
         summarise(Measured(judged, features), 7, features)
+
+
+def test_numbers_by_prompt_have_the_mean_and_the_error_of_their_metric() -> None:
+    torch.manual_seed(0)
+    prompts, seeds = 100, 4
+    named_NS = torch.ones(prompts * seeds, 2, dtype=torch.bool)
+    right_NSA = torch.rand(prompts, 1, 1, 5).expand(-1, seeds, 2, -1).flatten(0, 1) > torch.rand(prompts * seeds, 2, 5)
+    start_NS2 = 64 * torch.rand(prompts * seeds, 2, 2) ** 1.5  # more of them near one corner
+    judged = Judgements(
+        named_NS, right_NSA, torch.rand(prompts * seeds) < 0.9, start_NS2, torch.rand(prompts * seeds, 2)
+    )
+    found = prompt_values(judged, seeds)
+    assert found["accuracy"] == pytest.approx(judged.accuracy_B.view(-1, seeds).mean(1).numpy(), abs=1e-6)
+    summary = summarise(Measured(judged, np.random.default_rng(0).normal(size=(prompts * seeds, 4))), seeds, np.eye(4))
+    for name, values_P in found.items():
+        value, low, high = summary[name]
+        # Coverage from some 200 starts in 16 cells is biased by about 15 / 400 of itself, which the jackknife takes off.
+        assert values_P.mean() == pytest.approx(value, rel=0.05 if name == "coverage" else 0.01), name
+        error = values_P.std(ddof=1) / prompts**0.5
+        assert 2 * 1.96 * error == pytest.approx(high - low, rel=1e-4 if name == "coverage" else 0.15), name
+    assert set(prompt_values(judged, 1)) == {"accuracy", "coverage"}
 
 
 def _pooled(judged) -> float:

@@ -71,8 +71,7 @@ def summarise(measured: Measured, seeds: int, real_features: np.ndarray) -> dict
     named_NS = judged.named_BS.numpy()
     right_NSA = judged.right_BSA.numpy()
     found: dict[str, Estimate] = {}
-    claims_N = len(NAMES) * named_NS.sum(1) + 1
-    found["accuracy"] = _ratio(right_NSA.sum((1, 2)) + judged.ground_B.numpy(), claims_N, seeds)
+    found["accuracy"] = _ratio(*_right_claims(judged), seeds)
     for index, name in enumerate(NAMES):
         found[name] = _ratio(right_NSA[..., index].sum(1), named_NS.sum(1), seeds)
     found["background"] = _ratio(judged.ground_B.numpy(), np.ones(clips), seeds)
@@ -89,6 +88,45 @@ def summarise(measured: Measured, seeds: int, real_features: np.ndarray) -> dict
         if values is not None:
             found[name] = _ratio(values, np.ones(clips), seeds)
     return {name: estimate.to_list() for name, estimate in found.items()}
+
+
+def prompt_values(judged: Judgements, seeds: int) -> dict[str, np.ndarray]:
+    """{metric: (P,)} of accuracy, coverage and, of several seeds, spread: a number a prompt, so that two networks can be compared
+    prompt by prompt. Not finite where leaving a prompt out leaves nothing.
+
+    They are the jackknife's pseudo-values, P f(all) - (P - 1) f(all but this prompt) (Tukey 1958). Of a mean these are the
+    prompts' own values; of any smooth statistic their mean is the estimate but for a bias of order 1 / P, and their variance
+    over P is its variance.
+    """
+    above_P, below_P = (numbers_N.reshape(-1, seeds).sum(1) for numbers_N in _right_claims(judged))
+    found = {"accuracy": _pseudo_values(*_left_out_ratios(above_P, below_P))}
+    counts_PC = _cell_counts(judged.cell_BS.numpy(), seeds)
+    found["coverage"] = _pseudo_values(*_left_out_counts(counts_PC, coverage_of_counts))
+    if seeds > 1:
+        found["spread"] = _pseudo_values(*_left_out_ratios(*_start_distances(judged, seeds)))
+    return found
+
+
+def _pseudo_values(value: float, left_out_P: np.ndarray) -> np.ndarray:
+    return len(left_out_P) * value - (len(left_out_P) - 1) * left_out_P
+
+
+def _left_out_ratios(above_P: np.ndarray, below_P: np.ndarray) -> tuple[float, np.ndarray]:
+    """sum(above) / sum(below) of all prompts, and without each (P,)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return above_P.sum() / below_P.sum(), (above_P.sum() - above_P) / (below_P.sum() - below_P)
+
+
+def _left_out_counts(counts_PC: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, np.ndarray]:
+    """The statistic of all prompts' counts together, and without each prompt's (P,)."""
+    whole_C = counts_PC.sum(0)
+    return statistic(whole_C), np.asarray([statistic(whole_C - counts_C) for counts_C in counts_PC])
+
+
+def _right_claims(judged: Judgements) -> tuple[np.ndarray, np.ndarray]:
+    """How many captioned attributes of each clip are read right, and how many there are: (N,) each."""
+    right_N = judged.right_BSA.numpy().sum((1, 2)) + judged.ground_B.numpy()
+    return right_N, len(NAMES) * judged.named_BS.numpy().sum(1) + 1
 
 
 def coverage_of_counts(counts_C: np.ndarray) -> float:
@@ -127,10 +165,8 @@ def _jackknifed(
     counts_PC: np.ndarray, statistic: Callable[[np.ndarray], float], limits: tuple[float, float]
 ) -> Estimate:
     """Leave-one-prompt-out: estimate +- 1.96 standard errors, cut off where the statistic ends."""
-    whole_C = counts_PC.sum(0)
-    value = statistic(whole_C)
-    left_out = np.asarray([statistic(whole_C - counts_C) for counts_C in counts_PC])
-    error = 1.96 * np.sqrt((len(counts_PC) - 1) * np.var(left_out))
+    value, left_out_P = _left_out_counts(counts_PC, statistic)
+    error = 1.96 * np.sqrt((len(counts_PC) - 1) * np.var(left_out_P))
     return Estimate(value, max(limits[0], value - error), min(limits[1], value + error))
 
 

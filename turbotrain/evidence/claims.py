@@ -52,8 +52,8 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """difference: by how much the claim holds (negative: fails), with a 95% interval. paired: prompt by prompt; otherwise the two
-    rows count as independent, which is wider where they err alike. word: one of WORDS."""
+    """difference: by how much the claim holds (negative: fails), with a 95% interval. paired: prompt by prompt; otherwise, where
+    a row has no numbers by prompt, the two count as independent, which is wider where they err alike. word: one of WORDS."""
 
     claim: Claim
     left: float
@@ -77,10 +77,13 @@ def judge_claim(claim: Claim, rows: Rows) -> Verdict | None:
         return None
     (left, left_low, left_high), (right, right_low, right_high) = found  # type: ignore[misc]
     difference = left - claim.factor * right + claim.margin
-    prompts = [row.get(f"{claim.metric}_by_prompt") for row in pair]
-    if prompts[0] and prompts[1] and len(prompts[0]) == len(prompts[1]):
-        differences_P = np.asarray(prompts[0]) - claim.factor * np.asarray(prompts[1]) + claim.margin
-        return Verdict(claim, left, right, difference, *bootstrap_interval(differences_P), True)
+    prompts = [np.asarray(row.get(f"{claim.metric}_by_prompt", ()), dtype=np.float64) for row in pair]
+    left_P, right_P = prompts
+    if left_P.size and left_P.shape == right_P.shape and all(np.isfinite(values_P).all() for values_P in prompts):
+        differences_P = left_P - claim.factor * right_P
+        # Around the difference itself: the mean of coverage's numbers by prompt is the estimate but for its bias.
+        low, high = bootstrap_interval(differences_P - differences_P.mean())
+        return Verdict(claim, left, right, difference, difference + low, difference + high, True)
     # The ends that matter: a claim is doubted from the left's lower end and the right's upper one.
     below = math.hypot(left - left_low, claim.factor * (right_high - right))
     above = math.hypot(left_high - left, claim.factor * (right - right_low))

@@ -29,7 +29,7 @@ from turbotrain.evaluation.attention_mass import Masses, attention_mass, share_o
 from turbotrain.evaluation.benchmark import environment
 from turbotrain.evaluation.evaluate import finite
 from turbotrain.evaluation.frechet import clip_features
-from turbotrain.evaluation.quality import summarise
+from turbotrain.evaluation.quality import prompt_values, summarise
 from turbotrain.evaluation.trial import JUDGED_TOGETHER, Trial, measure_trial, reference_frames, sample_trial
 from turbotrain.evidence.films import filmstrips
 from turbotrain.evidence.folders import Folders
@@ -135,7 +135,7 @@ def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: C
         reference = bench.reference(pipe)
     measured = measure_trial(pipe, bench.trial, latents_NCTHW, reference)
     metrics = summarise(measured, bench.trial.seeds, real_ND)
-    by_prompt_P = measured.judged.accuracy_B.view(-1, bench.trial.seeds).mean(1)
+    by_prompt = prompt_values(measured.judged, bench.trial.seeds)
     result = {
         "cell": cell.name,
         "row": row.name,
@@ -148,7 +148,7 @@ def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: C
         "quantize": row.quantize,
         "train": list(cell.train),
         "metrics": metrics,
-        "accuracy_by_prompt": [round(value, 4) for value in by_prompt_P.tolist()],
+        **{f"{name}_by_prompt": values_P.round(4).tolist() for name, values_P in by_prompt.items()},
         "facts": facts,
         "film": filmstrips(pipe.codec.decode_here(latents_NCTHW[:1])),
         "clips": bench.trial.count,
