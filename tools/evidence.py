@@ -116,14 +116,13 @@ def _measure(options: argparse.Namespace) -> int:
     import torch
 
     from turbotrain.config import load_config
-    from turbotrain.evidence.folders import Folders, read_json
+    from turbotrain.evidence.folders import Folders
     from turbotrain.evidence.matrix import load_matrix
     from turbotrain.evidence.rows import Bench, measure_cell
 
     matrix = load_matrix(options.matrix)
     folders = Folders(options.output, matrix)
-    overrides = read_json(options.output / "overrides.json").get("overrides", [])
-    config = load_config([f"recipe={matrix.recipe}", *matrix.common, *overrides])
+    config = load_config([f"recipe={matrix.recipe}", *matrix.common, *folders.overrides()])
     on_gpu = torch.cuda.is_available() and config.launch.device != "cpu"
     bench = Bench(folders, config, torch.device("cuda" if on_gpu else "cpu"))
     measure_cell(bench, matrix.cell(options.cell), options.row, _say)

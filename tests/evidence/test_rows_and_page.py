@@ -165,6 +165,23 @@ def test_rows_of_a_group_of_their_own_and_shared_out_top_ks_are_on_the_page(tmp_
     assert "| the same, top-k 0.1 on average, by layer: 0.05, 0.05, 0.1, 0.15 | 20 |" in section
 
 
+def test_what_quantisation_did_is_on_the_page(tmp_path: Path) -> None:
+    write_json(tmp_path / "results.json", {**invented.results(), "overrides": ["sla.steps=9"]})
+    write_page(tmp_path / "results.json", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    section = text.partition("## Quantisation\n")[2].partition("## ")[0].splitlines()
+    titles = section[3].strip("| ").split(" | ")
+    found = {
+        cells[0]: dict(zip(titles, cells)) for line in section[5:] if len(cells := line.strip("| ").split(" | ")) > 1
+    }
+    mixed = found["int8, as many linears in float as a latent error of 0.03 takes"]
+    assert (mixed["latent error"], mixed["in float"]) == ("0.021", "3 of 40")
+    tuned = "SmoothQuant, 200 steps of fine-tuning"
+    assert f"int8 channel x token, {tuned}" in found
+    assert f"int8 128x128 blocks, {tuned} (no lower error: the untuned weights)" in found
+    assert "Overrides of every training: `sla.steps=9`." in text
+
+
 @pytest.mark.parametrize("text", ["", "<!-- evidence -->", "<!-- /evidence --><!-- evidence -->", "no marks"])
 def test_a_readme_without_its_marks_stays(text: str) -> None:
     assert between_marks(text, "block") == text
@@ -210,6 +227,15 @@ def test_claims_hold_fail_or_stay_open() -> None:
     assert verdict is not None
     assert verdict.paired
     assert (verdict.low, verdict.high) == pytest.approx((0.01, 0.01))
+    # Numbers by prompt whose mean is not the metric's (the jackknife's of coverage): around the difference all the same.
+    rows["a", "x"]["accuracy_by_prompt"] = [value + 0.5 for value in rows["b", "x"]["accuracy_by_prompt"]]
+    verdict = judge_claim(claim, rows)
+    assert verdict is not None
+    assert (verdict.low, verdict.high) == pytest.approx((0.01, 0.01))
+    rows["a", "x"]["accuracy_by_prompt"][0] = None
+    verdict = judge_claim(claim, rows)
+    assert verdict is not None
+    assert not verdict.paired
     assert judge_claim(claim, {}) is None
 
 

@@ -12,8 +12,8 @@ TIMES = ("seconds", "peak_memory_bytes")
 
 
 def collect(folders: Folders) -> dict[str, Any]:
-    """{"name", "recipe", "prompts", "seeds", "base": {stage: facts}, "training": {cell: facts}, "rows": [...]}; rows in the
-    order of the matrix, those that are missing left out."""
+    """{"name", "recipe", "common", "overrides", "prompts", "seeds", "real", "planned_rows", "environment", "base": {stage:
+    facts}, "training": {cell: facts}, "rows": [...]}; rows in the order of the matrix, those that are missing left out."""
     matrix = folders.matrix
     rows = [read_json(path) for cell, row in matrix.rows if (path := folders.result(cell, row)).is_file()]
     environments = [row.pop("environment") for row in rows]
@@ -25,6 +25,7 @@ def collect(folders: Folders) -> dict[str, Any]:
         "name": matrix.name,
         "recipe": matrix.recipe,
         "common": list(matrix.common),
+        "overrides": folders.overrides(),
         "prompts": matrix.prompts,
         "seeds": matrix.seeds,
         "real": matrix.real,

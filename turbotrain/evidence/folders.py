@@ -37,6 +37,10 @@ class Folders:
         """Checkpoints that take the place of base stages: {"teacher": path, "codec": path}."""
         return read_json(self.root / "given.json")
 
+    def overrides(self) -> list[str]:
+        """What the command line said of every training."""
+        return read_json(self.root / "overrides.json").get("overrides", [])
+
     @property
     def codec(self) -> Path:
         return self._base_or_given("codec")

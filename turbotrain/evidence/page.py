@@ -32,6 +32,8 @@ COLUMNS = (
     ("frechet", "Frechet"),
     ("psnr", "PSNR, dB"),
     ("ssim", "SSIM"),
+    ("latent_error", "latent error"),
+    ("kept_float", "in float"),
     ("latency_s", "latency"),
 )
 ATTRIBUTES = ("shape", "colour", "size", "direction", "speed", "background")
@@ -202,13 +204,19 @@ def _claims(rows: Rows) -> list[str]:
     lines += [
         "",
         "by: how far the claim is met, its margin or factor counted; below 0 it fails. An interval around 0 decides nothing.",
-        "Intervals of accuracy are paired, prompt by prompt; those of coverage and spread take the two rows as independent,",
-        "though they share prompts and noise. Each interval is for its claim alone, and says how two networks differ, not two",
-        "methods: every one was trained once.",
+        "Intervals are paired, prompt by prompt: a bootstrap over the differences (of coverage and spread: of jackknife",
+        f"pseudo-values){_unpaired(verdicts)}. Each interval is for its claim alone, and says how two networks differ, not",
+        "two methods: every one was trained once.",
     ]
     if open_ones:
         lines += [f"{open_ones} more claims wait for rows that have not been run."]
     return [*lines, ""]
+
+
+def _unpaired(verdicts: Sequence[Verdict]) -> str:
+    """What is to be said of claims on rows that have no numbers by prompt."""
+    metrics = dict.fromkeys(verdict.claim.metric for verdict in verdicts if not verdict.paired)
+    return f"; those of {' and '.join(metrics)} take the two rows as independent here" if metrics else ""
 
 
 def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -224,9 +232,12 @@ def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _title(row: Mapping[str, Any]) -> str:
-    """With the top-k of every layer where they were shared out: the uniform one may have come of it."""
-    topks = row["attention"].get("layer_topk")
-    return f"{row['title']}: {', '.join(f'{topk:g}' for topk in topks)}" if topks else row["title"]
+    """With what a row's settings do not say: the top-k of every layer where they were shared out (the uniform one may have come
+    of it), and that fine-tuning lowered no error, so that the row is of the untuned weights."""
+    topks, tuned = row["attention"].get("layer_topk"), row["facts"].get("finetune")
+    shared = f": {', '.join(f'{topk:g}' for topk in topks)}" if topks else ""
+    undone = " (no lower error: the untuned weights)" if tuned and not tuned["kept"] else ""
+    return f"{row['title']}{shared}{undone}"
 
 
 def _attributes(members: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -238,10 +249,16 @@ def _attributes(members: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _value(row: Mapping[str, Any], name: str) -> str:
-    """`0.951 [0.940, 0.962]`; `0.55 s`; empty where it was not measured."""
+    """`0.951 [0.940, 0.962]`; `0.55 s`; `0.021`; `3 of 40`; empty where it was not measured."""
+    facts = row["facts"]
     if name == "latency_s":
         seconds = row.get(name)
         return "" if seconds is None else f"{seconds:.2f} s"
+    if name == "latent_error":
+        error = facts.get(name)
+        return "" if error is None else f"{error:.3f}"
+    if name == "kept_float":
+        return f"{len(facts[name])} of {len(facts['sqnr_db'])}" if facts.get(name) else ""
     values = row["metrics"].get(name)
     if not values or values[0] is None:
         return ""
@@ -264,6 +281,8 @@ def _how(document: Mapping[str, Any]) -> list[str]:
         "- Frechet: between Gaussians fitted to features of a fixed random convolutional network (seeded, untrained, 128 numbers",
         f"  a clip), against {document['real']:,} rendered clips of other captions. PSNR, SSIM: to the teacher at 50 steps,",
         "  every fourth frame.",
+        "- latent error: |8 bits - float| / |float| of the latents, over 8 captions of the training split that calibration did",
+        "  not see; in float: linears that stay so.",
         "- Means and ratios: bootstrap over prompts, 1,000 resamples; coverage: jackknife over prompts; Frechet: over 16 groups",
         "  of prompts.",
         "",
@@ -273,6 +292,7 @@ def _how(document: Mapping[str, Any]) -> list[str]:
         lines += ["| trained | seconds |", "|---|---|"]
         lines += [f"| {name} | {facts.get('seconds', 0):.0f} |" for name, facts in training.items()]
         lines += ["", "Seconds of runs that shared a GPU with others."]
-    if document.get("common"):
-        lines += ["", "Overrides of every training: " + ", ".join(f"`{item}`" for item in document["common"]) + "."]
+    overrides = [*document.get("common", ()), *document.get("overrides", ())]
+    if overrides:
+        lines += ["", f"Overrides of every training: {', '.join(f'`{item}`' for item in overrides)}."]
     return lines
