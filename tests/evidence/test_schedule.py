@@ -81,7 +81,7 @@ def test_an_interruption_ends_children_who_may_save_first(tmp_path: Path) -> Non
     saving = (
         "import signal, sys, time, pathlib\n"
         f"folder = pathlib.Path({str(tmp_path)!r}); me = sys.argv[1]\n"
-        "def save(*_): (folder / ('saved' + me)).touch(); sys.exit(1)\n"
+        "def save(*_): time.sleep(0.3); (folder / ('saved' + me)).touch(); sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, save); (folder / ('ready' + me)).touch(); time.sleep(60)"
     )
     tasks = [_task(tmp_path, name, saving) for name in ("a", "b", "later")]
@@ -93,6 +93,8 @@ def test_an_interruption_ends_children_who_may_save_first(tmp_path: Path) -> Non
         while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < began + 30:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does
 
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=interrupt, daemon=True).start()

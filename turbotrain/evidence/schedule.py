@@ -205,6 +205,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
     """Children have sessions of their own: were this process just to end, they would run on, and hold their GPUs."""
 
     def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one while children save
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)
