@@ -86,6 +86,7 @@ def _row(matrix: Matrix, cell: Cell, row: Row, draw: random.Random) -> dict[str,
         "metrics": {name: [value, value - 0.01, value + 0.01] for name, value in values.items()},
         "facts": facts,
         "film": [_strip()],
+        "film_prompt": "a red circle on white",
     }
 
 

@@ -61,6 +61,8 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
     with pytest.raises(ValueError, match="rows x failed"):
         measure_cell(bench, dataclasses.replace(broken, rows=broken.rows[:2]), say=said.append)
     measure_cell(bench, broken, "z", said.append)
+    with pytest.raises(ValueError, match="--row w: copy has x, y, z"):
+        measure_cell(bench, broken, "w", said.append)
     assert [folders.result(broken, row).is_file() for row in broken.rows] == [False, True, True]
     found = {path.stem: json.loads(path.read_text()) for path in (folders.root / "results").rglob("*.json")}
     assert set(found["s2"]["metrics"]) == METRICS
@@ -76,6 +78,7 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
     value = found["s2"]["metrics"]["accuracy"][0]
     assert f"| the teacher | 2 | {value:.3f} [" in text
     assert "1 of the\n5 rows" in text
+    assert found["s2"]["film_prompt"] == bench.trial.captions[0]
 
 
 def test_quantised_rows_say_what_it_cost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +168,7 @@ def test_rows_of_a_group_of_their_own_and_shared_out_top_ks_are_on_the_page(tmp_
     assert "| the same, top-k 0.1 on average, by layer: 0.05, 0.05, 0.1, 0.15 | 20 |" in section
 
 
-def test_what_quantisation_did_is_on_the_page(tmp_path: Path) -> None:
+def test_what_quantisation_did_and_what_films_show_is_on_the_page(tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", {**invented.results(), "overrides": ["sla.steps=9"]})
     write_page(tmp_path / "results.json", tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
@@ -180,6 +183,7 @@ def test_what_quantisation_did_is_on_the_page(tmp_path: Path) -> None:
     assert f"int8 channel x token, {tuned}" in found
     assert f"int8 128x128 blocks, {tuned} (no lower error: the untuned weights)" in found
     assert "Overrides of every training: `sla.steps=9`." in text
+    assert "*One prompt from the same noise, six of the frames. Prompt: a red circle on white.*" in text
 
 
 @pytest.mark.parametrize("text", ["", "<!-- evidence -->", "<!-- /evidence --><!-- evidence -->", "no marks"])

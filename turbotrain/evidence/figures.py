@@ -58,6 +58,12 @@ CAPTIONS = {
 }
 
 
+def caption(name: str, rows: Rows) -> str:
+    """Of a figure; under films also what they were to show."""
+    prompt = next((row["film_prompt"] for row in rows.values() if row.get("film_prompt")), None)
+    return f"{CAPTIONS[name]} Prompt: {prompt}." if name == "evidence_films.svg" and prompt else CAPTIONS[name]
+
+
 def figures(rows: Rows) -> dict[str, str]:
     """{file name: SVG} of every figure for which there are rows. Quality is drawn by `latency_s`, or, where no row has one, by
     passes."""

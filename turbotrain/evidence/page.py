@@ -10,7 +10,7 @@ from typing import Any
 
 from turbotrain.evaluation.video import write_bytes
 from turbotrain.evidence.claims import CLAIMS, WORDS, Key, Rows, Verdict, judge_claim
-from turbotrain.evidence.figures import CAPTIONS, figures
+from turbotrain.evidence.figures import caption, figures
 from turbotrain.evidence.forms import Latencies, read_latencies
 
 GROUPS = {
@@ -131,7 +131,8 @@ def _page(
         *_claims(rows),
     ]
     for name in drawn:
-        lines += [f"![{CAPTIONS[name]}](figures/{name})", "", f"*{CAPTIONS[name]}*", ""]
+        told = caption(name, rows)
+        lines += [f"![{told}](figures/{name})", "", f"*{told}*", ""]
     named = {row["group"]: (row["group"], "") for row in rows.values()}
     for group, (title, about) in {
         **GROUPS,

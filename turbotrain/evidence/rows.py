@@ -102,9 +102,11 @@ def measure_cell(bench: Bench, cell: Cell, only: str | None = None, say: Callabl
     are compared with.
 
     Raises:
-        ValueError: names the rows that failed, after all have been tried.
+        ValueError: names the rows that failed, after all have been tried; `only` is none of them.
     """
     folders = bench.folders
+    if only is not None and only not in (names := [row.name for row in cell.rows]):
+        raise ValueError(f"--row {only}: {cell.name} has {', '.join(names)}")
     is_reference = cell is folders.matrix.cells[0]
     real = _real_features(bench) if is_reference else load_file(folders.real_features)["features"]
     failed: dict[str, Exception] = {}
@@ -151,6 +153,7 @@ def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: C
         **{f"{name}_by_prompt": values_P.round(4).tolist() for name, values_P in by_prompt.items()},
         "facts": facts,
         "film": filmstrips(pipe.codec.decode_here(latents_NCTHW[:1])),
+        "film_prompt": bench.trial.captions[0],
         "clips": bench.trial.count,
         "seconds": {"sampling": sampled - began, "measuring": time.perf_counter() - sampled},
         "environment": environment(bench.device),
