@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 from xml.etree import ElementTree
 
 import invented
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from turbotrain.config import load_config, resolve
 from turbotrain.evidence import rows
@@ -22,6 +24,7 @@ from turbotrain.evidence.matrix import Row, load_matrix
 from turbotrain.evidence.page import LATENCIES, between_marks, readme_block, write_page
 from turbotrain.evidence.rows import Bench, build, measure_cell
 from turbotrain.model.attention_config import AttentionConfig
+from turbotrain.pipeline import TurboPipeline
 from turbotrain.quant import predicted_error
 from turbotrain.records import write_json
 
@@ -79,6 +82,26 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
     assert f"| the teacher | 2 | {value:.3f} [" in text
     assert "1 of the\n5 rows" in text
     assert found["s2"]["film_prompt"] == bench.trial.captions[0]
+
+
+def test_a_row_that_failed_leaves_its_memory_to_the_next(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[torch.nn.Module]] = []
+    said: list[str] = []
+    cell = bench.folders.matrix.cells[0]
+    cell = dataclasses.replace(cell, rows=(Row("a", 1), Row("b", 1)))
+
+    def out_of_memory(pipe: TurboPipeline, *_: object) -> None:
+        assert all(network() is None for network in held)
+        held.append(weakref.ref(pipe.experts[0]))
+        raise RuntimeError("out of memory")
+
+    bench.folders.real_features.parent.mkdir()
+    save_file({"features": torch.zeros(4, 128)}, bench.folders.real_features)
+    monkeypatch.setattr(rows, "sample_trial", out_of_memory)
+    with pytest.raises(ValueError, match="rows a, b failed"):
+        measure_cell(bench, cell, say=said.append)
+    assert len(held) == 2
+    assert all("out of memory" in line and "Traceback" in line for line in said)
 
 
 def test_quantised_rows_say_what_it_cost(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

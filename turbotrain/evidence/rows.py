@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -109,17 +110,18 @@ def measure_cell(bench: Bench, cell: Cell, only: str | None = None, say: Callabl
         raise ValueError(f"--row {only}: {cell.name} has {', '.join(names)}")
     is_reference = cell is folders.matrix.cells[0]
     real = _real_features(bench) if is_reference else load_file(folders.real_features)["features"]
-    failed: dict[str, Exception] = {}
+    failed: list[str] = []
     for row in folders.missing(cell):
         if only not in (None, row.name):
             continue
         try:
             _measure_row(bench, cell, row, real.numpy(), say)
-        except Exception as error:  # one row that cannot run must not cost the others
-            failed[row.name] = error
-            say(f"{cell.name}/{row.name}: {error!r}")
+        except Exception:  # one row that cannot run must not cost the others
+            # Its words alone: an exception that is kept holds its frames, and with them the row's network and clips.
+            failed.append(row.name)
+            say(f"{cell.name}/{row.name}: failed\n{traceback.format_exc()}")
     if failed:
-        raise ValueError(f"{cell.name}: rows {', '.join(failed)} failed") from next(iter(failed.values()))
+        raise ValueError(f"{cell.name}: rows {', '.join(failed)} failed: what each said is above")
 
 
 def _measure_row(bench: Bench, cell: Cell, row: Row, real_ND: np.ndarray, say: Callable[[str], None]) -> None:
