@@ -86,9 +86,10 @@ def test_a_summary_of_rendered_clips(clips_and_frames) -> None:
     assert low < value < high <= 1
     assert found["frechet"][0] == pytest.approx(0, abs=1e-6)
     assert found["spread"][0] > 5
-    assert "psnr" not in found
+    assert not {"psnr", "shuffled"} & set(found)
     wrong = judge_clips(frames, scenes[1:] + scenes[:1])
-    found = summarise(Measured(wrong, features), SEEDS, features)
+    found = summarise(Measured(wrong, features, shuffled=judged), SEEDS, features)
+    assert found["shuffled"] == [1.0, 1.0, 1.0]
     assert found["accuracy"][1] < found["accuracy"][0] == pytest.approx(float(_pooled(wrong)), abs=1e-5)
     with pytest.raises(ValueError, match="7 seeds"):
         summarise(Measured(judged, features), 7, features)

@@ -28,7 +28,7 @@ from turbotrain.pipeline import TurboPipeline
 from turbotrain.quant import predicted_error
 from turbotrain.records import write_json
 
-METRICS = {"accuracy", "shape", "colour", "size", "direction", "speed", "background", "motion", "steady", "coverage",
+METRICS = {"accuracy", "shuffled", "shape", "colour", "size", "direction", "speed", "background", "motion", "steady", "coverage",
            "entropy", "spread", "frechet"}  # fmt: skip
 WAN_SLA = AttentionConfig("sla", 0.1, 128, 64, "cube")
 
@@ -158,6 +158,7 @@ def test_the_page_and_the_readme_say_what_the_files_say(tmp_path: Path) -> None:
         assert f"`python tools/evidence.py run configs/evidence/shapes_h200.yaml {given}` with its options" in text
         assert headline["| SLA, top-k 0.1", "20"].count(" |  | ") == 1  # no such form was timed
         assert "took 1.02 of it" in text
+        assert "By other prompts' captions the teacher's videos have an accuracy of 0.350: chance." in text
     assert "| SLA 0.1, then rCM staged | 4 |" in page.read_text()
     assert readme.read_text().startswith("before\n<!-- evidence -->\n| method | steps | accuracy")
     assert readme.read_text().endswith("\n<!-- /evidence -->\nafter\n")

@@ -40,21 +40,24 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of N clips, on the CPU: judgements, features (N, 128), and PSNR (dB) and SSIM to reference clips."""
+    """What is known of N clips, on the CPU: judgements, features (N, 128), PSNR (dB) and SSIM to reference clips, and judgements
+    by other prompts' captions."""
 
     judged: Judgements
     features: np.ndarray
     psnr: np.ndarray | None = None
     ssim: np.ndarray | None = None
+    shuffled: Judgements | None = None
 
 
 def summarise(measured: Measured, seeds: int, real_features: np.ndarray) -> dict[str, list[float]]:
     """{metric: [value, low, high]}.
 
-    accuracy and one entry an attribute: the share of captioned attributes read right. motion: of objects whose direction and
-    speed are both right. steady: of frames in which an object keeps its straight path and its area (temporal consistency).
-    coverage: exp(entropy) of the start cells over their number; entropy in bits. spread: mean distance in pixels between the
-    starts of one object in two seeds of a prompt. frechet: to the features of rendered clips (see `frechet`).
+    accuracy and one entry an attribute: the share of captioned attributes read right. shuffled: accuracy by other prompts'
+    captions, the level of chance. motion: of objects whose direction and speed are both right. steady: of frames in which an
+    object keeps its straight path and its area (temporal consistency). coverage: exp(entropy) of the start cells over their
+    number; entropy in bits. spread: mean distance in pixels between the starts of one object in two seeds of a prompt. frechet:
+    to the features of rendered clips (see `frechet`).
 
     Args:
         seeds: clips of each prompt; they lie side by side.
@@ -72,6 +75,8 @@ def summarise(measured: Measured, seeds: int, real_features: np.ndarray) -> dict
     right_NSA = judged.right_BSA.numpy()
     found: dict[str, Estimate] = {}
     found["accuracy"] = _ratio(*_right_claims(judged), seeds)
+    if measured.shuffled is not None:
+        found["shuffled"] = _ratio(*_right_claims(measured.shuffled), seeds)
     for index, name in enumerate(NAMES):
         found[name] = _ratio(right_NSA[..., index].sum(1), named_NS.sum(1), seeds)
     found["background"] = _ratio(judged.ground_B.numpy(), np.ones(clips), seeds)

@@ -76,33 +76,48 @@ class Judgements:
         return Judgements(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Judgements)))
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What is seen of each clip, whatever its caption says: its background's index, and of the two objects that cover most the
+    attributes' indices (-1 where unreadable), the first centre, and the share of steady frames.
+    """
+
+    ground_B: Tensor
+    values_BSA: Tensor
+    start_BS2: Tensor
+    steady_BS: Tensor
+
+
 def judge_clips(frames_BTHWC: Tensor, scenes: Sequence[Scene]) -> Judgements:
     """Compare clips, uint8 (B, T, 64, 64, 3), with what their captions say.
 
     Raises:
         ValueError: frames of another shape, or not one scene a clip.
     """
-    if frames_BTHWC.ndim != 5 or frames_BTHWC.shape[2:] != (SIZE, SIZE, 3) or frames_BTHWC.dtype != torch.uint8:
-        given = f"{tuple(frames_BTHWC.shape)} {frames_BTHWC.dtype}"
-        raise ValueError(f"frames are {given}: the judge reads uint8 (B, T, {SIZE}, {SIZE}, 3)")
-    if len(scenes) != len(frames_BTHWC):
-        raise ValueError(f"{len(scenes)} scenes for {len(frames_BTHWC)} clips: expected one a clip")
-    device = frames_BTHWC.device
-    named_BS, wanted_BSA, ground_B = (tensor.to(device) for tensor in _wanted(scenes))
-    seen_ground_B, slots = _read(frames_BTHWC)
-    values_BSA, start_BS2, steady_BS = (torch.stack(parts, 1) for parts in zip(*slots, strict=True))
+    return compare(read_clips(frames_BTHWC), scenes)
+
+
+def compare(read: Readings, scenes: Sequence[Scene]) -> Judgements:
+    """What was read of clips against captions: their own, or others', which tells the level of chance.
+
+    Raises:
+        ValueError: not one scene a clip.
+    """
+    if len(scenes) != len(read.ground_B):
+        raise ValueError(f"{len(scenes)} scenes for {len(read.ground_B)} clips: expected one a clip")
+    named_BS, wanted_BSA, ground_B = (tensor.to(read.ground_B.device) for tensor in _wanted(scenes))
     # Only as many objects are looked for as the caption names: the most covering ones.
-    values_BSA = torch.where(named_BS[..., None], values_BSA, -1)
+    values_BSA = torch.where(named_BS[..., None], read.values_BSA, -1)
     right = values_BSA == wanted_BSA
     crossed = values_BSA.flip(1) == wanted_BSA
     # Objects are matched to phrases in the order that agrees best; of equals, the first.
     both_B = named_BS.all(1)
     swap_B = both_B & (crossed.sum((1, 2)) > right.sum((1, 2)))
     right_BSA = torch.where(swap_B[:, None, None], crossed, right) & named_BS[..., None]
-    start_BS2 = torch.where(swap_B[:, None, None], start_BS2.flip(1), start_BS2)
-    steady_BS = torch.where(swap_B[:, None], steady_BS.flip(1), steady_BS) * named_BS
+    start_BS2 = torch.where(swap_B[:, None, None], read.start_BS2.flip(1), read.start_BS2)
+    steady_BS = torch.where(swap_B[:, None], read.steady_BS.flip(1), read.steady_BS) * named_BS
     start_BS2 = torch.where(named_BS[..., None], start_BS2, torch.nan)
-    return Judgements(named_BS, right_BSA, seen_ground_B == ground_B, start_BS2, steady_BS)
+    return Judgements(named_BS, right_BSA, read.ground_B == ground_B, start_BS2, steady_BS)
 
 
 def _wanted(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,8 +132,11 @@ def _wanted(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
     return named_BS, wanted_BSA, torch.tensor([grounds.index(scene.background) for scene in scenes])
 
 
-def _read(frames_BTHWC: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
-    """Background indices (B,), and of each slot (values (B, A), first centres (B, 2), steady frames (B,))."""
+def read_clips(frames_BTHWC: Tensor) -> Readings:
+    """Read clips, uint8 (B, T, 64, 64, 3). Raises ValueError for frames of another shape."""
+    if frames_BTHWC.ndim != 5 or frames_BTHWC.shape[2:] != (SIZE, SIZE, 3) or frames_BTHWC.dtype != torch.uint8:
+        given = f"{tuple(frames_BTHWC.shape)} {frames_BTHWC.dtype}"
+        raise ValueError(f"frames are {given}: the judge reads uint8 (B, T, {SIZE}, {SIZE}, 3)")
     device = frames_BTHWC.device
     ground_BC = _median(frames_BTHWC.flatten(1, 3))
     palette_KC = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=device)
@@ -133,7 +151,7 @@ def _read(frames_BTHWC: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tens
         cover_BTHW = share_BTHW * (colour_BTHW == chosen_B[:, None, None, None])
         area_BT = area_BKT.gather(1, chosen_B[:, None, None].expand(-1, 1, area_BKT.shape[2]))[:, 0]
         slots.append(_read_object(chosen_B, cover_BTHW, area_BT))
-    return background_B, slots
+    return Readings(background_B, *(torch.stack(parts, 1) for parts in zip(*slots, strict=True)))
 
 
 def _median(values_BNC: Tensor) -> Tensor:

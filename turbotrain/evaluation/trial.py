@@ -16,7 +16,7 @@ from torch import Tensor
 from turbotrain.data.shapes import Clip, Scene
 from turbotrain.evaluation.frechet import clip_features
 from turbotrain.evaluation.quality import Measured, clip_psnr, clip_ssim
-from turbotrain.evaluation.readings import Judgements, judge_clips
+from turbotrain.evaluation.readings import Judgements, compare, read_clips
 from turbotrain.pipeline import TurboPipeline
 
 # Clips that are decoded and judged together: a gigabyte of float32 pixels and readings at 81 frames.
@@ -73,21 +73,25 @@ def reference_frames(pipe: TurboPipeline, latents_NCTHW: Tensor) -> Tensor:
 def measure_trial(
     pipe: TurboPipeline, trial: Trial, latents_NCTHW: Tensor, reference_NTHWC: Tensor | None = None
 ) -> Measured:
-    """Judge every clip; with `reference_frames` of another network from the same noise also PSNR and SSIM to those.
+    """Judge every clip by its own caption and by another prompt's; with `reference_frames` of another network from the same noise
+    also PSNR and SSIM to those.
 
     Of a long clip about `JUDGED_FRAMES` frames are read, evenly spaced from the first on.
     """
     every = max(1, trial.frames // JUDGED_FRAMES)
-    judged, features, psnrs, ssims = [], [], [], []
+    others = trial.scenes[trial.seeds :] + trial.scenes[: trial.seeds]  # the next prompt's
+    judged, shuffled, features, psnrs, ssims = [], [], [], [], []
     for at, frames_BTHWC in _decoded(pipe, latents_NCTHW):
-        judged.append(judge_clips(frames_BTHWC[:, ::every], trial.scenes[at]).cpu())
+        read = read_clips(frames_BTHWC[:, ::every])
+        judged.append(compare(read, trial.scenes[at]).cpu())
+        shuffled.append(compare(read, others[at]).cpu())
         features.append(clip_features(frames_BTHWC).cpu())
         if reference_NTHWC is not None:
             pair = frames_BTHWC[:, ::COMPARED_EVERY], reference_NTHWC[at]
             psnrs.append(clip_psnr(*pair).cpu())
             ssims.append(clip_ssim(*pair).cpu())
     psnr, ssim = (torch.cat(parts).numpy() if parts else None for parts in (psnrs, ssims))
-    return Measured(Judgements.joined(judged), torch.cat(features).numpy(), psnr, ssim)
+    return Measured(Judgements.joined(judged), torch.cat(features).numpy(), psnr, ssim, Judgements.joined(shuffled))
 
 
 def _decoded(pipe: TurboPipeline, latents_NCTHW: Tensor) -> Iterator[tuple[slice, Tensor]]:

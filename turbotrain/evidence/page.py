@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turbotrain.evaluation.video import write_bytes
-from turbotrain.evidence.claims import CLAIMS, WORDS, Key, Rows, Verdict, judge_claim
+from turbotrain.evidence.claims import CLAIMS, TEACHER, WORDS, Key, Rows, Verdict, judge_claim
 from turbotrain.evidence.figures import caption, figures
 from turbotrain.evidence.forms import Latencies, read_latencies
 
@@ -83,9 +83,19 @@ def readme_block(document: Mapping[str, Any], rows: Rows, latencies: Latencies) 
         f"{_tally([judge_claim(claim, rows) for claim in CLAIMS])}.",
         f"{prompts * seeds:,} videos a row ({prompts:,} held-out prompts, {seeds} seeds), 95% intervals over prompts; every",
         "network was trained once, and what another run of its training would give is in no interval.",
+        *_chance(rows),
         "Everything else, with figures and what each published claim comes to: [docs/evidence.md](docs/evidence.md).",
     ]
     return "\n".join([*table, *_about_latency(latencies, "docs/measurements"), *facts])
+
+
+def _chance(rows: Rows) -> list[str]:
+    found = rows.get(TEACHER, {}).get("metrics", {}).get("shuffled")
+    return (
+        [f"By other prompts' captions the teacher's videos have an accuracy of {found[0]:.3f}: chance."]
+        if found
+        else []
+    )
 
 
 def _tally(verdicts: Sequence[Verdict | None]) -> str:
@@ -142,7 +152,7 @@ def _page(
         if members:
             lines += [f"## {title}", "", *([about, ""] if about else []), *_table(members), ""]
     lines += ["## By attribute", "", *_attributes(list(rows.values())), ""]
-    return lines + _how(document)
+    return lines + _how(document, rows)
 
 
 def _headline(document: Mapping[str, Any], rows: Rows, latencies: Latencies) -> list[str]:
@@ -268,13 +278,14 @@ def _value(row: Mapping[str, Any], name: str) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _how(document: Mapping[str, Any]) -> list[str]:
+def _how(document: Mapping[str, Any], rows: Rows) -> list[str]:
     lines = [
         "## How it was measured",
         "",
         "- accuracy: the share of captioned attributes (shape, colour, size, direction, speed of both objects; background) that",
         "  code reads back from the pixels; motion: objects whose direction and speed are both right.",
         "  About 40 frames of a clip are read, evenly spaced from its first to its last.",
+        *(f"  {line}" for line in _chance(rows)),
         "- steady (temporal consistency): the share of those frames in which an object lies within a pixel of its straight",
         "  path and covers its usual area within a fifth.",
         "- coverage: exp(entropy) of the 4 x 4 start cells of objects read right, over 16; captions leave the start free.",
