@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from turbotrain.compose import UsageError
     from turbotrain.config import resolve
-    from turbotrain.evidence.collect import collect
+    from turbotrain.evidence.collect import collect, write_results
     from turbotrain.evidence.folders import Folders
     from turbotrain.evidence.matrix import load_matrix
     from turbotrain.evidence.schedule import plan, run_tasks
@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{matrix.name}: {len(tasks)} tasks for {total} rows in {root}", flush=True)
     outcome = run_tasks(tasks, options.gpus.split(","), options.per_gpu, options.minutes, _say)
     results = collect(folders)
-    write_json(options.json or root / "evidence.json", results)
+    write_results(options.json or root / "evidence.json", results)
     print(f"{len(results['rows'])} of {total} rows: {options.json or root / 'evidence.json'}")
     for name, log in outcome.failed.items():
         print(f"failed: {name}: see {log}", file=sys.stderr)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from turbotrain.config import load_config, resolve
 from turbotrain.evidence import rows
 from turbotrain.evidence.claims import CLAIMS, Claim, judge_claim
-from turbotrain.evidence.collect import collect
+from turbotrain.evidence.collect import collect, write_results
 from turbotrain.evidence.figures import CAPTIONS, figures, pareto_front
 from turbotrain.evidence.folders import Folders
 from turbotrain.evidence.forms import Form, Latencies, read_latencies
@@ -75,8 +75,9 @@ def test_rows_are_measured_once_collected_and_shown(bench: Bench, tmp_path: Path
     document = collect(folders)
     assert [row["row"] for row in document["rows"]] == ["s2"]
     assert document["environment"]["torch"] == torch.__version__
-    write_json(tmp_path / "results.json", document)
-    page, *_ = sorted(write_page(tmp_path / "results.json", tmp_path / "docs" / "evidence.md"))
+    write_results(tmp_path / "made" / "results.json", document)
+    assert json.loads((tmp_path / "made" / "results.json").read_text()) == document
+    page, *_ = sorted(write_page(tmp_path / "made" / "results.json", tmp_path / "docs" / "evidence.md"))
     text = page.read_text()
     value = found["s2"]["metrics"]["accuracy"][0]
     assert f"| the teacher | 2 | {value:.3f} [" in text
@@ -265,6 +266,12 @@ def test_claims_hold_fail_or_stay_open() -> None:
     assert verdict is not None
     assert not verdict.paired
     assert judge_claim(claim, {}) is None
+
+
+def test_results_without_rows_are_a_file_too(tmp_path: Path) -> None:
+    document = {**invented.results(), "rows": []}
+    write_results(tmp_path / "results.json", document)
+    assert json.loads((tmp_path / "results.json").read_text()) == document
 
 
 def test_the_shipped_matrix_has_every_row_that_a_claim_compares() -> None:

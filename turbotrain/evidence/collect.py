@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from turbotrain.evaluation.video import write_bytes
 from turbotrain.evidence.folders import Folders, read_json
 from turbotrain.records import read_record
 
@@ -35,6 +37,13 @@ def collect(folders: Folders) -> dict[str, Any]:
         "training": {name: facts for name, facts in training.items() if facts},
         "rows": rows,
     }
+
+
+def write_results(path: Path, document: dict[str, Any]) -> None:
+    """A row a line: one that changes is one line of a difference, and a table of 73 is no hundred thousand lines long."""
+    head = json.dumps({name: value for name, value in document.items() if name != "rows"}, indent=2).removesuffix("\n}")
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in document["rows"])
+    write_bytes(path, f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n'.encode())
 
 
 def _facts(folder: Path) -> dict[str, Any]:
