@@ -67,10 +67,12 @@ def random_network(config: WanConfig, attention: AttentionConfig, seed: int = 0)
     return network
 
 
-def write_checkpoint(folder: Path, attention: str = "sla", variant: str = "shapes") -> Path:
+def write_checkpoint(
+    folder: Path, attention: str = "sla", variant: str = "shapes", layer_topk: tuple[float, ...] = ()
+) -> Path:
     """`folder` as a Turbo checkpoint of the shapes variant."""
     config = VARIANTS[variant].config
-    how = AttentionConfig(kind=attention, topk=0.25, block_q=32, block_k=32)
+    how = AttentionConfig(kind=attention, topk=0.25, block_q=32, block_k=32, layer_topk=layer_topk)
     components = write_components(folder.with_name(f"{folder.name}-components"))
     meta = CheckpointMeta(
         variant=variant,

@@ -58,7 +58,7 @@ def plant_outliers(model: WanTransformer, gain: float = 60.0) -> WanTransformer:
     return model
 
 
-def forward_calls(n_calls: int, seed: int = 0, image_dim: int | None = None) -> list[ForwardCall]:
+def forward_calls(n_calls: int, seed: int = 0, image_dim: int | None = None, device: str = "cpu") -> list[ForwardCall]:
     """Calls at several times, batch 2, 2 x 4 x 12 latents: 24 tokens, two blocks of 16 with a ragged one."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -70,6 +70,7 @@ def forward_calls(n_calls: int, seed: int = 0, image_dim: int | None = None) -> 
         timestep = torch.tensor([900.0, 500.0]) / (index + 1)
         inputs = [noise(2, 4, 2, 4, 12), timestep, noise(2, 9, 20)]
         inputs += [noise(2, 1, 2, 4, 12), noise(2, 5, image_dim)] if image_dim else []
+        inputs = [value.to(device) for value in inputs]
         calls.append(lambda model, inputs=inputs: model(*inputs))
     return calls
 
