@@ -95,19 +95,10 @@ def steps_chart(
     spread = 0.045
     for index, one in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * spread  # whiskers side by side, not on top of one another
-        points = [(frame.x(rank[x] + shift), frame.y(y)) for x, y in zip(one.xs, one.ys)]
-        for (x, _), interval in zip(points, one.intervals):
-            if interval is not None:
-                low, high = frame.y(max(0.0, interval[0])), frame.y(min(1.0, interval[1]))
-                parts.append(
-                    f'<line class="whisker s-{one.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-                )
-        parts.append(_polyline(points, one.css, one.dashed))
-        for (x, y), value in zip(points, one.ys):
-            tip = f"<title>{_escape(one.name)}: {value:.3f}</title>"
-            parts.append(f'<circle class="dot s-{one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
+        drawn, points = _marks(frame, one, [frame.x(rank[x] + shift) for x in one.xs])
+        parts += drawn
         if points:
-            labels.append((max(points)[1], one.name, f"s-{one.css}"))
+            labels.append((points[-1][1], one.name, f"s-{one.css}"))
     for y, name, css in _spread_labels(labels, frame.top + 4, frame.height - frame.bottom):
         parts.append(_text(frame.width - frame.right + 8, y + 4, name, "start", f"label {css}"))
     return _svg(frame.width, frame.height, parts, f"{y_label} by number of sampling steps")
@@ -144,22 +135,30 @@ def scatter_chart(
         parts.append(_horizontal(frame, frame.y(reference[1]), "reference"))
         labels.append((frame.y(reference[1]), reference[0], "muted"))
     for one in series:
-        points = sorted((frame.x(math.log10(x)), frame.y(y), y) for x, y in zip(one.xs, one.ys) if math.isfinite(y))
-        for x, interval in zip(one.xs, one.intervals):
-            if interval is not None:
-                at, (bottom, top) = frame.x(math.log10(x)), (frame.y(end) for end in interval)
-                parts.append(
-                    f'<line class="whisker s-{one.css}" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>'
-                )
-        parts.append(_polyline([(x, y) for x, y, _ in points], one.css, one.dashed))
-        for x, y, value in points:
-            tip = f"<title>{_escape(one.name)}: {value:.3f}</title>"
-            parts.append(f'<circle class="dot s-{one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
+        drawn, points = _marks(frame, one, [frame.x(math.log10(x)) for x in one.xs])
+        parts += drawn
         if points:
             labels.append((points[-1][1], one.name, f"s-{one.css}"))
     for y, name, css in _spread_labels(labels, frame.top + 4, frame.height - frame.bottom):
         parts.append(_text(frame.width - frame.right + 8, y + 4, name, "start", f"label {css}"))
     return _svg(frame.width, frame.height, parts, f"{y_label} by {x_label}")
+
+
+def _marks(frame: _Frame, one: Series, at: Sequence[float]) -> tuple[list[str], list[tuple[float, float]]]:
+    """A series as whiskers, line and dots, and where its dots are from left to right; at: the abscissas of its points."""
+    parts = []
+    for x, interval in zip(at, one.intervals):
+        if interval is not None:
+            low, high = (frame.y(min(frame.y_range[1], max(frame.y_range[0], end))) for end in interval)
+            parts.append(
+                f'<line class="whisker s-{one.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
+            )
+    points = sorted((x, frame.y(y), y) for x, y in zip(at, one.ys) if math.isfinite(y))
+    parts.append(_polyline([(x, y) for x, y, _ in points], one.css, one.dashed))
+    for x, y, value in points:
+        tip = f"<title>{_escape(one.name)}: {value:.3f}</title>"
+        parts.append(f'<circle class="dot s-{one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
+    return parts, [(x, y) for x, y, _ in points]
 
 
 def standalone(svg: str, css: str) -> str:
