@@ -67,24 +67,18 @@ def predicted_error(errors: Mapping[str, float]) -> float:
     return math.sqrt(sum(error * error for error in errors.values()))
 
 
-def float_layers(errors: Mapping[str, float], target: float, costs: Mapping[str, float] | None = None) -> list[str]:
-    """The linears to keep in float so that the predicted error of the others is at most `target`, worst first.
-
-    costs: what keeping each costs (its multiplications, say); None: all alike. Those that save most squared error for their
-    cost go first. A target of 0 keeps all that err.
+def float_layers(errors: Mapping[str, float], target: float) -> list[str]:
+    """The fewest linears to keep in float so that the predicted error of the others is at most `target`, worst first. A target of
+    0 keeps all that err.
 
     Raises:
-        ValueError: a negative target, or a linear without a positive cost.
+        ValueError: a negative target.
     """
     if not target >= 0:
         raise ValueError(f"target={target}: the relative error that is allowed must not be negative")
-    weights = {name: 1.0 if costs is None else costs.get(name, 0.0) for name in errors}
-    free = [name for name, cost in weights.items() if not cost > 0]
-    if free:
-        raise ValueError(f"costs: {', '.join(free)} must have positive costs")
     left = dict(errors)
     kept: list[str] = []
-    for name in sorted(errors, key=lambda name: errors[name] ** 2 / weights[name], reverse=True):
+    for name in sorted(errors, key=errors.__getitem__, reverse=True):
         if predicted_error(left) <= target:
             break
         kept.append(name)
