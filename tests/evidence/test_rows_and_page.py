@@ -197,11 +197,7 @@ def test_what_quantisation_did_and_what_films_show_is_on_the_page(tmp_path: Path
     write_json(tmp_path / "results.json", {**invented.results(), "overrides": ["sla.steps=9"]})
     write_page(tmp_path / "results.json", tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
-    section = text.partition("## Quantisation\n")[2].partition("## ")[0].splitlines()
-    titles = section[3].strip("| ").split(" | ")
-    found = {
-        cells[0]: dict(zip(titles, cells)) for line in section[5:] if len(cells := line.strip("| ").split(" | ")) > 1
-    }
+    found = {cells["method"]: cells for cells in _section(text, "Quantisation")}
     mixed = found["int8, as many linears in float as a latent error of 0.03 takes"]
     assert (mixed["latent error"], mixed["in float"]) == ("0.021", "3 of 40")
     tuned = "SmoothQuant, 200 steps of fine-tuning"
@@ -209,6 +205,35 @@ def test_what_quantisation_did_and_what_films_show_is_on_the_page(tmp_path: Path
     assert f"int8 128x128 blocks, {tuned} (no lower error: the untuned weights)" in found
     assert "Overrides of every training: `sla.steps=9`." in text
     assert "*One prompt from the same noise, six of the frames. Prompt: a red circle on white.*" in text
+
+
+def _section(page: str, title: str) -> list[dict[str, str]]:
+    """The rows of a section's table."""
+    lines = page.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
+    titles, _, *cells = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines if line[:1] == "|"]
+    return [dict(zip(titles, row, strict=True)) for row in cells]
+
+
+def test_tables_begin_with_what_their_rows_are_measured_against(tmp_path: Path) -> None:
+    document = invented.results()
+    found = {(row["cell"], row["row"]): row for row in document["rows"]}
+    base, int8 = found["turbo", "s4"], found["schemes", "int8_plain"]
+    base["metrics"]["accuracy"], int8["metrics"]["accuracy"] = [0.95, 0.9, 1.0], [0.94, 0.9, 1.0]
+    base["accuracy_by_prompt"], int8["accuracy_by_prompt"] = [0.9, 1.0] * 50, [0.89, 0.99] * 50
+    write_json(tmp_path / "results.json", document)
+    write_page(tmp_path / "results.json", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    first, second = _section(text, "Quantisation")[:2]
+    assert (first["method"], first["against the first"]) == ("SLA 0.1, then rCM staged", "")
+    assert second["against the first"] == "-0.010 [-0.010, -0.010]"
+    assert [row["steps"] for row in _section(text, "Composition")[:4]] == ["4", "2", "1", "4"]
+    teacher = _section(text, "The teacher")
+    assert [row["steps"] for row in teacher[:2]] == ["50", "20"]  # its own first row, once
+    assert teacher[1]["against the first"]
+    write_json(tmp_path / "results.json", {**document, "rows": [int8]})
+    write_page(tmp_path / "results.json", tmp_path / "page.md")
+    (row,) = _section((tmp_path / "page.md").read_text(), "Quantisation")
+    assert "against the first" not in row
 
 
 @pytest.mark.parametrize("text", ["", "<!-- evidence -->", "<!-- /evidence --><!-- evidence -->", "no marks"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,20 +71,40 @@ class Verdict:
 
 def judge_claim(claim: Claim, rows: Rows) -> Verdict | None:
     """None where a row is missing."""
-    pair = [rows.get(key, {}) for key in (claim.left, claim.right)]
-    found = [row.get("metrics", {}).get(claim.metric) for row in pair]
+    left, right = rows.get(claim.left, {}), rows.get(claim.right, {})
+    found = difference(left, right, claim.metric, claim.factor)
+    if found is None:
+        return None
+    values = [row["metrics"][claim.metric][0] for row in (left, right)]
+    by = [number + claim.margin for number in (found.value, found.low, found.high)]
+    return Verdict(claim, values[0], values[1], by[0], by[1], by[2], found.paired)
+
+
+class Difference(NamedTuple):
+    """left - factor * right with a 95% interval; paired as in `Verdict`."""
+
+    value: float
+    low: float
+    high: float
+    paired: bool
+
+
+def difference(
+    left: Mapping[str, Any], right: Mapping[str, Any], metric: str, factor: float = 1.0
+) -> Difference | None:
+    """Between two rows of the results; None where one has not that metric."""
+    found = [row.get("metrics", {}).get(metric) for row in (left, right)]
     if any(value is None or any(number is None for number in value) for value in found):
         return None
-    (left, left_low, left_high), (right, right_low, right_high) = found  # type: ignore[misc]
-    difference = left - claim.factor * right + claim.margin
-    prompts = [np.asarray(row.get(f"{claim.metric}_by_prompt", ()), dtype=np.float64) for row in pair]
-    left_P, right_P = prompts
-    if left_P.size and left_P.shape == right_P.shape and all(np.isfinite(values_P).all() for values_P in prompts):
-        differences_P = left_P - claim.factor * right_P
+    (a, a_low, a_high), (b, b_low, b_high) = found  # type: ignore[misc]
+    value = a - factor * b
+    a_P, b_P = (np.asarray(row.get(f"{metric}_by_prompt", ()), dtype=np.float64) for row in (left, right))
+    if a_P.size and a_P.shape == b_P.shape and np.isfinite(a_P).all() and np.isfinite(b_P).all():
+        differences_P = a_P - factor * b_P
         # Around the difference itself: the mean of coverage's numbers by prompt is the estimate but for its bias.
         low, high = bootstrap_interval(differences_P - differences_P.mean())
-        return Verdict(claim, left, right, difference, difference + low, difference + high, True)
+        return Difference(value, value + low, value + high, True)
     # The ends that matter: a claim is doubted from the left's lower end and the right's upper one.
-    below = math.hypot(left - left_low, claim.factor * (right_high - right))
-    above = math.hypot(left_high - left, claim.factor * (right - right_low))
-    return Verdict(claim, left, right, difference, difference - below, difference + above, False)
+    below = math.hypot(a - a_low, factor * (b_high - b))
+    above = math.hypot(a_high - a, factor * (b - b_low))
+    return Difference(value, value - below, value + above, False)

@@ -5,26 +5,59 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turbotrain.evaluation.video import write_bytes
-from turbotrain.evidence.claims import CLAIMS, TEACHER, WORDS, Key, Rows, Verdict, judge_claim
+from turbotrain.evidence.claims import CLAIMS, TEACHER, WORDS, Key, Rows, Verdict, difference, judge_claim
 from turbotrain.evidence.figures import caption, figures
 from turbotrain.evidence.forms import Latencies, read_latencies
 
+
+@dataclass(frozen=True)
+class Group:
+    """A section. first: rows of other sections that its table begins with: what the others are measured against is the first."""
+
+    title: str
+    about: str = ""
+    first: tuple[Key, ...] = ()
+
+
 GROUPS = {
-    "teacher": ("The teacher", "In its own sampler (UniPC, guidance: two passes a step), and undistilled in the Turbo sampler."),
-    "turbo": ("Turbo", "Everything at once: sparse-linear attention, four steps or fewer, 8 bits."),
-    "distillation": ("Distillation", "Dense attention; all methods make the same number of updates of the student, but for those "
-                     "whose title has another."),
-    "sla": ("Sparse-linear attention", "In the teacher's sampler at 20 steps, so that nothing but attention differs. Sparse "
-            "attention alone is SLA with a projection of zero: it takes SLA's time."),
-    "composition": ("Composition", "Three ways to bring SLA and rCM together; sequential is the section Turbo."),
-    "quantization": ("Quantisation", "The Turbo student at 4 steps, one float network in every scheme."),
-}  # fmt: skip
+    "teacher": Group(
+        "The teacher",
+        "In its own sampler (UniPC, guidance: two passes a step), and undistilled in the Turbo sampler.",
+        (("teacher", "s50"),),
+    ),
+    "turbo": Group(
+        "Turbo",
+        "Everything at once: sparse-linear attention, four steps or fewer, 8 bits.",
+        (("teacher", "s50"), ("rcm_staged", "s4")),
+    ),
+    "distillation": Group(
+        "Distillation",
+        "Dense attention; all methods make the same number of updates of the student, but for those whose title has another.",
+        (("teacher", "s50"),),
+    ),
+    "sla": Group(
+        "Sparse-linear attention",
+        "In the teacher's sampler at 20 steps, so that nothing but attention differs. Sparse attention alone is SLA with a "
+        "projection of zero: it takes SLA's time.",
+        (("teacher", "s20"),),
+    ),
+    "composition": Group(
+        "Composition",
+        "Three ways to bring SLA and rCM together; the first three rows are the sequential one.",
+        (("turbo", "s4"), ("turbo", "s2"), ("turbo", "s1")),
+    ),
+    "quantization": Group(
+        "Quantisation", "The Turbo student at 4 steps: in float, then in every scheme.", (("turbo", "s4"),)
+    ),
+}
 COLUMNS = (
     ("accuracy", "accuracy"),
+    ("against", "against the first"),
     ("motion", "motion"),
     ("steady", "steady"),
     ("coverage", "coverage"),
@@ -143,14 +176,14 @@ def _page(
     for name in drawn:
         told = caption(name, rows)
         lines += [f"![{told}](figures/{name})", "", f"*{told}*", ""]
-    named = {row["group"]: (row["group"], "") for row in rows.values()}
-    for group, (title, about) in {
-        **GROUPS,
-        **{name: told for name, told in named.items() if name not in GROUPS},
-    }.items():
-        members = [row for row in rows.values() if row["group"] == group]
+    named = {row["group"]: Group(row["group"]) for row in rows.values()}
+    for name, group in {**GROUPS, **{name: group for name, group in named.items() if name not in GROUPS}}.items():
+        members = [row for row in rows.values() if row["group"] == name]
         if members:
-            lines += [f"## {title}", "", *([about, ""] if about else []), *_table(members), ""]
+            first = [rows[key] for key in group.first if key in rows and rows[key]["group"] != name]
+            against = rows.get(group.first[0]) if group.first else None
+            about = [group.about, ""] if group.about else []
+            lines += [f"## {group.title}", "", *about, *_table([*first, *members], against), ""]
     lines += ["## By attribute", "", *_attributes(list(rows.values())), ""]
     return lines + _how(document, rows)
 
@@ -230,7 +263,12 @@ def _unpaired(verdicts: Sequence[Verdict]) -> str:
     return f"; those of {' and '.join(metrics)} take the two rows as independent here" if metrics else ""
 
 
-def _table(members: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table(members: Sequence[Mapping[str, Any]], against: Mapping[str, Any] | None) -> list[str]:
+    """against: the row that the others' accuracies are compared with."""
+    if against is not None:
+        members = [
+            {**row, "against": None if row is against else difference(row, against, "accuracy")} for row in members
+        ]
     shown = [(name, title) for name, title in COLUMNS if any(_value(row, name) for row in members)]
     lines = [
         f"| method | steps | {' | '.join(title for _, title in shown)} |",
@@ -262,6 +300,9 @@ def _attributes(members: Sequence[Mapping[str, Any]]) -> list[str]:
 def _value(row: Mapping[str, Any], name: str) -> str:
     """`0.951 [0.940, 0.962]`; `0.55 s`; `0.021`; `3 of 40`; empty where it was not measured."""
     facts = row["facts"]
+    if name == "against":
+        by = row.get(name)
+        return "" if by is None else f"{by.value:+.3f} [{by.low:+.3f}, {by.high:+.3f}]"
     if name == "latency_s":
         seconds = row.get(name)
         return "" if seconds is None else f"{seconds:.2f} s"
@@ -286,6 +327,8 @@ def _how(document: Mapping[str, Any], rows: Rows) -> list[str]:
         "  code reads back from the pixels; motion: objects whose direction and speed are both right.",
         "  About 40 frames of a clip are read, evenly spaced from its first to its last.",
         *(f"  {line}" for line in _chance(rows)),
+        "- against the first: accuracy less that of the table's first row, prompt by prompt: what two rows differ by is known",
+        "  better than either, since their prompts and noise are the same.",
         "- steady (temporal consistency): the share of those frames in which an object lies within a pixel of its straight",
         "  path and covers its usual area within a fifth.",
         "- coverage: exp(entropy) of the 4 x 4 start cells of objects read right, over 16; captions leave the start free.",
