@@ -64,9 +64,9 @@ def _row(matrix: Matrix, cell: Cell, row: Row, draw: random.Random) -> dict[str,
     values["shuffled"] = 0.35
     facts: dict[str, Any] = {}
     if row.mass:
-        curve = [0.3, 0.5, 0.6, 0.7, 0.8, 0.93, 1.0]
+        curve = [0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.93, 1.0]
         layers = [[[min(1.0, share + 0.02 * layer) for share in curve]] * 4 for layer in range(4)]
-        facts["attention_mass"] = {"topk": [0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0], "layers": layers}
+        facts["attention_mass"] = {"topk": [0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0], "layers": layers}
     if row.quantize:
         names = [f"blocks.{block}.{linear}" for block in range(4) for linear in LINEARS]
         facts["sqnr_db"] = {name: [draw.uniform(30, 45), draw.uniform(25, 38)] for name in names}

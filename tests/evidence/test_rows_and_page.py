@@ -127,7 +127,14 @@ def test_every_figure_is_drawn_from_its_rows() -> None:
     assert set(by_passes) | set(by_latency) == set(CAPTIONS)
     assert not any("pareto" in name for name in by_passes)
     for name, svg in {**by_passes, **by_latency}.items():
-        assert ElementTree.fromstring(svg).tag.endswith("svg"), name
+        drawing = ElementTree.fromstring(svg)
+        assert drawing.tag.endswith("svg"), name
+        lines = [part for part in drawing.iter("{http://www.w3.org/2000/svg}line") if part.get("class") == "grid"]
+        dots = [float(part.get("cx", 0)) for part in drawing.iter("{http://www.w3.org/2000/svg}circle")]
+        if dots:  # none beside the axes
+            ends = [float(part.get(end, 0)) for part in lines for end in ("x1", "x2")]
+            assert min(ends) <= min(dots), name
+            assert max(dots) <= max(ends), name
     sqnr = rows["turbo", "int8_4"]["facts"]["sqnr_db"]["blocks.1.ffn.0"]
     assert f"block 1 ffn.0: {sqnr[0]:.1f} dB" in by_passes["evidence_sqnr.svg"]
     # Layer 2 keeps 0.34, 0.54, ..., 1: the mean over its heads at every top-k.

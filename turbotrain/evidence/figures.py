@@ -192,7 +192,8 @@ def _mass(rows: Rows) -> str:
         )
         for index, layer in enumerate(mass["layers"])
     ]
-    return scatter_chart(series, "top-k", "attention mass kept", [0.05, 0.1, 0.2, 0.5, 1.0])
+    ticks = _log_ticks(min(mass["topk"]), max(mass["topk"]))
+    return scatter_chart(series, "top-k", "attention mass kept", ticks)
 
 
 def _films(rows: Rows) -> str:

@@ -235,7 +235,8 @@ def run_tasks(
         while (task := queue.take()) is not None:
             say(f"{time.monotonic() - began:6.0f} s  {task.name} begins{f' on GPU {gpu}' if gpu else ''}")
             queue.run(task, environment)
-            say(f"{time.monotonic() - began:6.0f} s  {task.name}: {task.state} after {task.seconds:.0f} s")
+            state = "left" if task.state == "waiting" else task.state  # ended early: the next run goes on with it
+            say(f"{time.monotonic() - began:6.0f} s  {task.name}: {state} after {task.seconds:.0f} s")
 
     # Slot by slot over the GPUs, so that the most important tasks do not share one.
     threads = [threading.Thread(target=work, args=(gpu,), daemon=True) for _ in range(per_gpu) for gpu in gpus]
