@@ -174,7 +174,7 @@ def _one_of_two(rank: int, port: int, path: Path, gradients: Path) -> None:
 
 
 def share(whole: Tensor, piece: Piece) -> Tensor:
-    return whole.flatten()[piece.start : piece.stop]
+    return whole.flatten()[piece.start : piece.start + piece.tensor.numel()]
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:

@@ -23,7 +23,7 @@ from turbotrain.codecs.text import quantize_linears
 from turbotrain.conditioning import Conditioning, condition_on_image
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.quant_linear import prepare_for_inference, quantize_block_linears
-from turbotrain.model.variants import Variant, WanConfig
+from turbotrain.model.variants import CLIP_TOKENS, Variant, WanConfig
 from turbotrain.model.wan import WanTransformer
 from turbotrain.pipeline import TurboPipeline
 from turbotrain.placement.budget import Setting
@@ -31,7 +31,6 @@ from turbotrain.placement.budget import Setting
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
-CLIP_TOKENS = 257
 # Query and key blocks that SLA's kernels run fastest with.
 BLOCKS = (128, 64)
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

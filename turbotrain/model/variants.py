@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 MODEL_TYPES = ("t2v", "i2v", "ti2v")
+CLIP_TOKENS = 257  # of an image, where a network reads any
 _LARGE = 600_000  # pixels, between the largest 480p (640x640) and the smallest 720p (960x720)
 
 

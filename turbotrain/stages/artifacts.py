@@ -165,7 +165,7 @@ def sample_strips(context: StageContext, network: WanTransformer, mode: str) -> 
         return None
     meta = CheckpointMeta(sampler=sampler_settings(context.config))
     pipe = make_pipeline(context, network, meta)
-    dataset = context.dataset()
+    dataset = context.dataset
     batch = dataset.batch(dataset.buckets[0][:SAMPLES])
     negative_BLD = dataset.negative_LD.to(batch.embed_BLD).expand_as(batch.embed_BLD)
     teacher = context.config.sampler.teacher

@@ -50,7 +50,7 @@ class Passes:
 @dataclass(frozen=True)
 class StageContext:
     """One stage of one run: its folder, and where its inputs lie (by role: codec, data, teacher, sla, rcm, merge, quantize;
-    high, low: an expert's student)."""
+    student: what is quantised; high, low: an expert's student; start: a codec to train on)."""
 
     name: str
     config: Config
@@ -98,11 +98,8 @@ class StageContext:
         if self.accelerator.is_main_process:
             print(f"{self.name}: {text}", flush=True)
 
-    def dataset(self) -> LatentDataset:
-        return self._dataset
-
     @cached_property
-    def _dataset(self) -> LatentDataset:
+    def dataset(self) -> LatentDataset:
         memory = self.config.data.memory_gb * 1e9
         return LatentDataset(self.inputs["data"], needs_of(self.config), memory).to(self.device)
 

@@ -58,13 +58,13 @@ def _rows(context: StageContext) -> list[Row]:
     }
     turbo = CheckpointMeta(sampler=sampler_settings(context.config))
     rows = []
-    for role, model in (("teacher", "teacher"), ("sla", "sla")):
+    for role in ("teacher", "sla"):
         if role not in context.inputs:
             continue
         network = [load_transformer(context.inputs[role], device=context.device, dtype=torch.float32)]
-        rows.append(Row(model, "teacher", teacher.steps, network, settings=guided))
+        rows.append(Row(role, "teacher", teacher.steps, network, settings=guided))
         if section.undistilled:
-            rows += [Row(model, "turbo", steps, network, turbo) for steps in section.turbo_steps]
+            rows += [Row(role, "turbo", steps, network, turbo) for steps in section.turbo_steps]
     distilled = "merge" if "merge" in context.inputs else "rcm"
     for role, model in ((distilled, "rcm"), ("quantize", "turbo")):
         if role not in context.inputs:

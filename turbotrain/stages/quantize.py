@@ -32,7 +32,7 @@ SampleCall = Callable[[Sequence[nn.Module]], Tensor]
 
 def run(context: StageContext) -> dict[str, object]:
     section, launch = context.config.quantize, context.config.launch
-    dataset = context.dataset()
+    dataset = context.dataset
     tuning = section.finetune if section.finetune.steps else None
     for name, count in (("prompts", section.prompts), ("finetune.prompts", tuning.prompts if tuning else 0)):
         if len(dataset) < count + section.held_out_prompts:

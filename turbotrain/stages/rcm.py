@@ -48,7 +48,7 @@ class RcmTask:
         self.fixed_times = times_within(self.within, context.config.sampler.times)
         self.boundary = context.variant.boundary
         self.guidance = context.guidance
-        self.source = BatchSource(context, context.dataset(), section.batch_size)
+        self.source = BatchSource(context, context.dataset, section.batch_size)
         self.teacher = context.teacher(section.teacher_attention)
         self.network = student_network(context)
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}

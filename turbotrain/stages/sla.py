@@ -31,7 +31,7 @@ class SlaTask:
         section = context.config.sla
         self.section = section
         self.within = context.time_range
-        self.source = BatchSource(context, context.dataset(), section.batch_size)
+        self.source = BatchSource(context, context.dataset, section.batch_size)
         self.teacher = context.teacher()
         attention = attention_config(context.config)
         if section.layer_budget:

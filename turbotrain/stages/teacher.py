@@ -26,7 +26,7 @@ class TeacherTask:
         section = context.config.teacher
         self.section = section
         self.within = context.time_range
-        self.source = BatchSource(context, context.dataset(), section.batch_size)
+        self.source = BatchSource(context, context.dataset, section.batch_size)
         self.network = initial_network(context)
         if section.cuda_graph and context.device.type == "cuda":
             batch, _ = self.source.at(0)[0]

@@ -36,7 +36,7 @@ class PowerEMA:
     """A float32 shadow of named parameters; buffers and integers are copied as they are.
 
     `source` is an unwrapped module or a mapping of names to tensors. The caller counts updates, so that a resumed run
-    goes on with the same betas; a shadow saved by `state_dict` and loaded again continues bit for bit.
+    goes on with the same betas: a shadow that was saved and filled again continues bit for bit.
     """
 
     def __init__(self, source: nn.Module | Mapping[str, Tensor], rate: float = 0.1, gamma: float | None = None) -> None:

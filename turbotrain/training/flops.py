@@ -13,9 +13,7 @@ from fnmatch import fnmatch
 
 from turbotrain.config import LoraSection
 from turbotrain.model.attention_config import AttentionConfig
-from turbotrain.model.variants import WanConfig
-
-CLIP_TOKENS = 257
+from turbotrain.model.variants import CLIP_TOKENS, WanConfig
 
 
 @dataclass(frozen=True)

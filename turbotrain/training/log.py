@@ -26,7 +26,6 @@ class StageLog:
         self.accelerator = accelerator
         self.main = accelerator.is_main_process
         self.bar: Progress | None = None
-        self.began = time.perf_counter()
 
     def __enter__(self) -> StageLog:
         self.began = time.perf_counter()

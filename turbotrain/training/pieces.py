@@ -40,10 +40,6 @@ class Piece:
     replicated: bool = True
 
     @property
-    def stop(self) -> int:
-        return self.start + self.tensor.numel()
-
-    @property
     def flat(self) -> Tensor:
         return self.tensor.detach().view(-1)
 

@@ -54,8 +54,7 @@ class Role:
 
     def norm(self) -> Tensor:
         """The gradient's norm over all processes (a scalar tensor), after which `step` or `skip` follows."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        return getattr(norm, "full_tensor", lambda: norm)()
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
 
     def step(self, norm: Tensor) -> None:
         """Clip to `grad_clip`, update with the rate of the moment, forget the gradient."""
