@@ -122,7 +122,6 @@ class TeacherSection(LoopSection):
     times: TimeSection = field(default_factory=TimeSection)
     caption_dropout: float = 0.1
     ema_rate: float = 0.05
-    cuda_graph: bool = False  # on a GPU, replay the network's passes from a CUDA graph: for networks bound by launches
 
 
 @dataclass
@@ -254,6 +253,7 @@ class LaunchSection:
     context_parallel: int = 1  # processes that share each sample: its tokens, and the heads of self-attention
     activation_checkpointing: bool = False
     checkpoint_every: int = 1  # with activation_checkpointing: every n-th block; the others keep their activations
+    cuda_graph: bool = False  # on one GPU, replay steps from CUDA graphs: for small networks, bound by launches
     compile: bool = False  # on a GPU, what stands between the linears of a trained network's blocks is compiled
     walltime_minutes: float = 0.0  # save and stop when this process is so old; 0: no limit
     keep_last: int = 2  # training states kept while a stage runs

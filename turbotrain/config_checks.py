@@ -48,8 +48,6 @@ def validate(config: Config) -> None:
     _check_data(config)
     for name in ("teacher", "sla"):
         _check_loop(name, getattr(config, name))
-    if config.teacher.cuda_graph and config.launch.activation_checkpointing:
-        reject("teacher.cuda_graph", True, "a graph holds its activations: set launch.activation_checkpointing=false")
     _choice("model.teacher_scheme", config.model.teacher_scheme, ("", *SCHEMES))
     _choice("sla.objective", config.sla.objective, ("white_box", "black_box"))
     _check_layer_budget(config)
@@ -101,8 +99,6 @@ def _check_launch(config: Config) -> None:
             "its activations share scales in tiles of 128 tokens, whose borders move where processes share a sample: use "
             "int8_channel or fp8_channel, whose scales are of a token each, or launch.context_parallel=1",
         )
-    if launch.context_parallel > 1 and config.teacher.cuda_graph:
-        reject("teacher.cuda_graph", True, "a graph is of one process: set launch.context_parallel=1")
     _choice("launch.keep_best", launch.keep_best, ("", *BEST_METRICS))
     if launch.keep_best in OF_BOTH_ROLES and "rcm" in config.stages:
         reject(
@@ -110,12 +106,28 @@ def _check_launch(config: Config) -> None:
             launch.keep_best,
             "in rcm this is the student's in some steps and the critic's in others: use scm, dcm, dmd, score_gap or critic",
         )
-    if launch.compile and config.teacher.cuda_graph and "teacher" in config.stages:
-        reject("teacher.cuda_graph", True, "a graph records passes as they are: set launch.compile=false")
+    if launch.cuda_graph:
+        _check_cuda_graph(config)
     _at_least("launch.walltime_minutes", launch.walltime_minutes, 0)
     steps = config.logging.profile_steps
     if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
         reject("logging.profile_steps", steps, "two step numbers [first, end), for example [10,13]")
+
+
+def _check_cuda_graph(config: Config) -> None:
+    launch, variant = config.launch, VARIANTS[config.model.variant]
+    reasons = {
+        "a graph holds its activations: set launch.activation_checkpointing=false": launch.activation_checkpointing,
+        "a graph is of one process: set launch.context_parallel=1": launch.context_parallel > 1,
+        "a graph records passes as they are: set launch.compile=false": launch.compile,
+        "a graph trains all weights: set lora.rank=0": config.lora.rank > 0,
+        f"a graph takes text alone, and one network; {variant.name} has more: set launch.cuda_graph=false": (
+            variant.config.model_type != "t2v" or variant.boundary is not None
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            reject("launch.cuda_graph", True, reason)
 
 
 def _check_guard(name: str, guard: GuardSection) -> None:

@@ -82,7 +82,7 @@ REFUSED = [
     (["launch.context_parallel=0"], "launch.context_parallel=0: must be at least 1", ""),
     ([TOGETHER], "launch.context_parallel=2: that many processes share a sample, and this launch has 1", "_node 2"),
     ([TOGETHER, "model.teacher_scheme=int8_block128"], "model.teacher_scheme='int8_block128'", "use int8_channel"),
-    ([TOGETHER, "teacher.cuda_graph=true"], "teacher.cuda_graph=True", "launch.context_parallel=1"),
+    ([TOGETHER, "launch.cuda_graph=true"], "launch.cuda_graph=True", "launch.context_parallel=1"),
 ]
 
 

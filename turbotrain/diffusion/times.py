@@ -188,9 +188,9 @@ def sample_lognormal(z_B: Tensor, p_mean: float, p_std: float, low: float = 0.0,
     if p_std <= 0:
         raise ValueError(f"p_std must be positive, got {p_std}")
     if low > 0 or high < 1:
-        edges = torch.tensor([low, high], dtype=torch.float64, device=z.device)
-        edge_quantiles = torch.special.ndtr((torch.logit(edges) - p_mean) / p_std)
-        z = torch.special.ndtri(torch.lerp(edge_quantiles[0], edge_quantiles[1], torch.special.ndtr(z)))
+        edges = torch.tensor([low, high], dtype=torch.float64)
+        first, last = torch.special.ndtr((torch.logit(edges) - p_mean) / p_std).tolist()
+        z = torch.special.ndtri(first + (last - first) * torch.special.ndtr(z))
     return torch.sigmoid(p_mean + p_std * z).clamp(low, high)
 
 
@@ -198,5 +198,5 @@ def sample_uniform_shift(u_B: Tensor, k: float, low: float = 0.0, high: float = 
     """RF times s = shift(u, k), u uniform in [0, 1); truncated to [low, high]."""
     if not 0 <= low < high <= 1:
         raise ValueError(f"low, high must satisfy 0 <= low < high <= 1, got {low}, {high}")
-    edges = unshift(torch.tensor([low, high], dtype=torch.float64, device=u_B.device), k)
-    return shift(torch.lerp(edges[0], edges[1], _time(u_B)), k).clamp(low, high)
+    first, last = unshift(torch.tensor([low, high], dtype=torch.float64), k).tolist()
+    return shift(first + (last - first) * _time(u_B), k).clamp(low, high)

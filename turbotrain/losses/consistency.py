@@ -30,7 +30,7 @@ def consistency_tangent(
     f_dot_BE: Tensor,
     x_t_BE: Tensor,
     t_B: Tensor,
-    r: float,
+    r: float | Tensor,
     form: TangentForm = "rcm",
 ) -> Tensor:
     """g (B, E), the direction in which F_theta should move, before normalisation. f_dot = cos t sin t dF/dt; r:
@@ -53,7 +53,7 @@ def scm(
     x0_BE: Tensor,
     noise_BE: Tensor,
     t_B: Tensor,
-    warmup_ratio: float = 1.0,
+    warmup_ratio: float | Tensor = 1.0,
     *,
     tangent: TangentMethod = "jvp",
     form: TangentForm = "rcm",
@@ -121,7 +121,8 @@ def dcm(
     the boundary condition. `target` answers at t' (default: the student, without gradient); a two-expert model passes
     the switch of both.
     """
-    if bool((index_B < 0).any()) or bool((index_B >= steps).any()):
+    recorded = index_B.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing can be asked then
+    if not recorded and bool(((index_B < 0) | (index_B >= steps)).any()):
         raise ValueError(f"index must lie in 0..{steps - 1} for steps={steps}, got {index_B.tolist()}")
     u_B = (index_B.double() + 1 - offset_B.double()) / steps
     t = times.rf_to_trig(times.shift(u_B, shift))

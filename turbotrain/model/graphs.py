@@ -34,33 +34,36 @@ _EAGER_OPTIONS = frozenset({"tangents", "selection", "return_selection"})
 class Recording(NamedTuple):
     """result: what the call gave; replay() writes it anew, from what lies where the call read its inputs."""
 
-    result: Tensor
+    result: Any
     replay: Callable[[], object]
 
 
 class Recorder(Protocol):
     """Runs or captures a call. Raises RuntimeError where it cannot be recorded."""
 
-    def __call__(self, call: Callable[[], Tensor]) -> Recording: ...
+    def __call__(self, call: Callable[[], Any]) -> Recording: ...
 
 
 class CudaRecorder:
     """Captures calls as CUDA graphs in one memory pool: they may replay in any order, but not at the same time.
 
     The pool keeps a call's activations, so nothing is captured while more than half of the GPU's memory is taken.
+
+    stream: on which calls are captured; one of torch's own by default.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = stream
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
-    def __call__(self, call: Callable[[], Tensor]) -> Recording:
+    def __call__(self, call: Callable[[], Any]) -> Recording:
         free, total = torch.cuda.mem_get_info()
         if free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < total / 2:
             raise RuntimeError("more than half of the GPU's memory is taken")
         pool = next((graph.pool() for graph in self._graphs), None)  # a pool lives as long as a graph in it
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = call()
         except RuntimeError:
             # A capture that fails leaves CUDA's random generator in capture: the end of one that succeeds takes it out.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,9 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.variants import VARIANTS, Variant
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.experts import HIGH, Range, time_range
-from turbotrain.stages.loading import BatchReader
+from turbotrain.stages.loading import BatchReader, FixedPart
 from turbotrain.training.flops import backward_flops, forward_flops, tangent_flops
+from turbotrain.training.graphs import StepGraph, StepGraphs
 from turbotrain.training.loop import LoopSettings
 from turbotrain.training.meter import Work
 from turbotrain.training.parallel import data_share, make_frozen, make_role
@@ -178,7 +179,8 @@ class StageContext:
 
 
 class BatchSource:
-    """This rank's share of the global batch of any step: data in `BatchOrder`, randomness by (seed, step, position)."""
+    """This rank's share of the global batch of any step: data in `BatchOrder`, randomness by (seed, step, position). With
+    `launch.cuda_graph`, on one GPU, in tensors that stay where they are."""
 
     def __init__(self, context: StageContext, dataset: LatentDataset, batch_size: int) -> None:
         launch = context.config.launch
@@ -204,16 +206,42 @@ class BatchSource:
         first = share * self.micro_batches
         self.positions = [range(part * size, (part + 1) * size) for part in range(first, first + self.micro_batches)]
         self.reader = BatchReader(dataset, self.seed, batch_size, self.positions)
+        self._fixed = [FixedPart() for _ in self.positions] if _replays(context, dataset) else []
+        self._graphs = StepGraphs([part.random for part in self._fixed], self.device) if self._fixed else None
 
     def at(self, draw: int) -> list[tuple[Batch, StepRandom]]:
         """The micro-batches of this rank at one step, each with its randomness."""
-        return [self._with_random(draw, *part) for part in zip(self.reader.at(draw), self.positions)]
+        parts = [self._with_random(draw, *part) for part in zip(self.reader.at(draw), self.positions)]
+        return [fixed.take(*part) for fixed, part in zip(self._fixed, parts)] or parts
+
+    def cuda_graph(self, *kind: Hashable) -> StepGraph | None:
+        """What records and replays steps of one kind, which differ in this source's batches and draws alone; None without
+        `launch.cuda_graph`."""
+        return None if self._graphs is None else self._graphs.of(kind)
 
     def _with_random(self, draw: int, batch: Batch, positions: range) -> tuple[Batch, StepRandom]:
         random = StepRandom(self.seed, draw, self.batch_size, positions, self.device)
         if self.first_frame:
             batch = batch.with_first_frame(random.uniform("first_frame") < self.first_frame)
         return batch, random
+
+
+def _replays(context: StageContext, dataset: LatentDataset) -> bool:
+    """Whether steps are replayed from CUDA graphs.
+
+    Raises:
+        ValueError: the data's latents have several shapes.
+    """
+    if not context.config.launch.cuda_graph or context.device.type != "cuda":
+        return False
+    if context.accelerator.num_processes > 1:
+        context.say("launch.cuda_graph: not with several processes, whose kernels the CPUs launch")
+        return False
+    if len(dataset.buckets) > 1:
+        raise ValueError(
+            f"launch.cuda_graph=True: a graph is of one shape, the data has {len(dataset.buckets)}; set launch.cuda_graph=false"
+        )
+    return True
 
 
 def draw_times(times: TimeSection, random: StepRandom, stream: str, within: Range = (0.0, 1.0)) -> Tensor:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+from torch import Tensor
 
 from turbotrain.data.latents import Batch, LatentDataset
-from turbotrain.training.seeding import derive_seed, epoch_order
+from turbotrain.training.graphs import FixedRandom
+from turbotrain.training.seeding import StepRandom, derive_seed, epoch_order
 
 
 class BatchOrder:
@@ -54,6 +58,28 @@ class BatchOrder:
             }
             self._orders[bucket, epoch] = epoch_order(self._seeds[bucket], epoch, len(members))
         return members[self._orders[bucket, epoch][offset]]
+
+
+class FixedPart:
+    """A micro-batch whose tensors stay where they are from step to step: what a CUDA graph can read."""
+
+    def __init__(self) -> None:
+        self.random = FixedRandom()
+        self._batch: Batch | None = None
+
+    def take(self, batch: Batch, random: StepRandom) -> tuple[Batch, StepRandom]:
+        """`batch`, whose tensors no step wrote before, in this part's own, and the draws of `random`."""
+        self.random.begin(random)
+        if self._batch is None:
+            self._batch = batch
+        else:
+            for own, new in zip(_tensors(self._batch), _tensors(batch), strict=True):
+                own.copy_(new)
+        return replace(self._batch, prompts=batch.prompts), self.random
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [batch.embed_BLD] if batch.latents_BCTHW is None else [batch.embed_BLD, batch.latents_BCTHW]
 
 
 class BatchReader:

@@ -59,6 +59,8 @@ class RcmTask:
         # The high-noise expert's consistency ends where the low-noise one takes over: its student is the boundary condition.
         self.low = context.frozen("low") if "low" in context.inputs else None
         low = None if self.low is None else self.low.attention_config
+        # Of the tangent, from 0 to 1. A tensor: what a CUDA graph reads.
+        self.warmup = torch.zeros((), dtype=torch.float64, device=context.device)
         self.work = StepWork(context, self.network.attention_config, self.teacher.attention_config, low)
 
     def plan(self, step: int, draw: int) -> Plan:
@@ -66,22 +68,26 @@ class RcmTask:
         phase, dmd_step = self._phase(step)
         losses = self._losses(phase, step)
         parts = self.source.at(draw)
+        self.warmup.fill_(min(1.0, step / self.section.tangent_warmup) if self.section.tangent_warmup else 1.0)
         if dmd_step is not None and (dmd_step + 1) % self.section.student_update_freq:
             terms = [partial(self._critic_term, *part) for part in parts]
-            return Plan("critic", terms, len(parts), self.source.reader.metrics, self.work.critic(), losses)
+            graph = self.source.cuda_graph("critic", self._renoisings("critic"))
+            return Plan("critic", terms, len(parts), self.source.reader.metrics, self.work.critic(), losses, graph)
         terms = []
         for part in parts:
             if phase.cm != "none":
-                terms.append(partial(self._consistency_term, phase, step, *part))
+                terms.append(partial(self._consistency_term, phase, *part))
             if phase.cm == "scm" and self.low is not None:
                 terms.append(partial(self._boundary_term, *part))
             if dmd_step is not None:
                 terms.append(partial(self._score_term, *part))
         work = self.work.student(phase.cm, dmd_step is not None)
-        return Plan("student", terms, len(parts), self.source.reader.metrics, work, losses)
+        simulated = () if dmd_step is None else (self._renoisings("student"),)
+        graph = self.source.cuda_graph("student", phase.cm, *simulated)
+        return Plan("student", terms, len(parts), self.source.reader.metrics, work, losses, graph)
 
-    def _consistency_term(self, phase: PhaseSection, step: int, batch: Batch, random: StepRandom) -> Term:
-        out = self._consistency_loss(phase, step, batch, random, self._student(batch))
+    def _consistency_term(self, phase: PhaseSection, batch: Batch, random: StepRandom) -> Term:
+        out = self._consistency_loss(phase, batch, random, self._student(batch))
         # With every sample dropped nothing is learnt: a bad step, not one whose loss happens to be zero.
         lost = out.metrics["dropped"] / len(batch.prompts) if "dropped" in out.metrics else 0.0
         return Term(out.loss, {phase.cm: out.loss.detach(), **out.metrics}, lost)
@@ -133,9 +139,7 @@ class RcmTask:
         negative = bind(self.teacher, negative_BLD, **batch.conditioning.arguments)
         return guided(_bound(self.teacher, batch), negative, self.guidance)
 
-    def _consistency_loss(
-        self, phase: PhaseSection, step: int, batch: Batch, random: StepRandom, student: Velocity
-    ) -> LossOutput:
+    def _consistency_loss(self, phase: PhaseSection, batch: Batch, random: StepRandom, student: Velocity) -> LossOutput:
         section = self.section
         x0 = batch.latent_BCTHW
         noise = random.normal("noise", x0.shape[1:])
@@ -155,14 +159,13 @@ class RcmTask:
                 target=self._both(student, batch),
                 mask=batch.loss_mask,
             )
-        warmup = section.tangent_warmup
         return scm(
             student,
             self._teacher(batch),
             x0,
             noise,
             rf_to_trig(draw_times(section.times_cm, random, "times_cm", self.within)),
-            min(1.0, step / warmup) if warmup else 1.0,
+            self.warmup,
             tangent=cast(TangentMethod, section.tangent),
             form=cast(TangentForm, section.tangent_form),
             loss_scale=section.loss_scale,
@@ -176,14 +179,18 @@ class RcmTask:
         together = self.roles["student"].needs_all_ranks
         return switch_experts(student, _bound(self.low, batch), self.boundary, together)
 
-    def _simulate(self, batch: Batch, random: StepRandom, student: Velocity, updates: int) -> Tensor:
+    def _renoisings(self, role: str) -> int:
+        """How often the next simulated sample is made noisy again: of a network's updates, one after the other."""
+        from_latents = self.within[1] < 1
+        is_fixed = self.section.simulation_times == "fixed"
+        passes = len(self.fixed_times) + (not from_latents) if is_fixed else SIMULATION_STEPS
+        return self.roles[role].updates % passes
+
+    def _simulate(self, batch: Batch, random: StepRandom, student: Velocity, again: int) -> Tensor:
         """What the student makes of noise. A low-noise expert never sees noise alone: it begins with clean latents made noisy
         at a time of its own, as the high-noise expert hands its result over."""
         shape = batch.latent_shape
         from_latents = self.within[1] < 1
-        is_fixed = self.section.simulation_times == "fixed"
-        passes = len(self.fixed_times) + (not from_latents) if is_fixed else SIMULATION_STEPS
-        again = updates % passes
         draws = [self._simulation_time(i, batch, random) for i in range(again + from_latents)]
         noises = [random.normal(f"simulation_noise_{i}", shape) for i in range(again)]
         start = random.normal("simulation_start", shape)
@@ -197,11 +204,11 @@ class RcmTask:
 
     def _simulation_time(self, i: int, batch: Batch, random: StepRandom) -> Tensor:
         if self.section.simulation_times == "fixed":
-            return batch.embed_BLD.new_tensor(self.fixed_times[i], dtype=torch.float64).expand(len(batch.prompts))
+            return batch.embed_BLD.new_full((len(batch.prompts),), self.fixed_times[i], dtype=torch.float64)
         return rf_to_trig(draw_times(self.section.times_dmd, random, f"simulation_time_{i}", self.within))
 
     def _score_loss(self, batch: Batch, random: StepRandom, student: Velocity) -> LossOutput:
-        generated = self._simulate(batch, random, student, self.roles["student"].updates)
+        generated = self._simulate(batch, random, student, self._renoisings("student"))
         noise = random.normal("score_noise", generated.shape[1:])
         t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd", self.within))
         fake = _bound(self.roles["critic"].network, batch)
@@ -210,7 +217,7 @@ class RcmTask:
 
     def _critic_loss(self, batch: Batch, random: StepRandom, student: Velocity) -> LossOutput:
         with torch.no_grad():
-            generated = self._simulate(batch, random, student, self.roles["critic"].updates)
+            generated = self._simulate(batch, random, student, self._renoisings("critic"))
         noise = random.normal("score_noise", generated.shape[1:])
         t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd", self.within))
         return critic(_bound(self.roles["critic"].module, batch), generated, noise, t, mask=batch.loss_mask)

@@ -50,7 +50,8 @@ class SlaTask:
     def plan(self, step: int, draw: int) -> Plan:
         parts = self.source.at(draw)
         terms = [partial(self._loss, *part) for part in parts]
-        return Plan("student", terms, len(parts), self.source.reader.metrics, self.work)
+        graph = self.source.cuda_graph()
+        return Plan("student", terms, len(parts), self.source.reader.metrics, self.work, cuda_graph=graph)
 
     def _loss(self, batch: Batch, random: StepRandom) -> Term:
         x0 = batch.latent_BCTHW

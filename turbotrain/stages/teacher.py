@@ -12,10 +12,8 @@ from turbotrain.losses import flow_matching
 from turbotrain.model.wan import WanTransformer
 from turbotrain.stages.artifacts import sample_strips, write_trained
 from turbotrain.stages.context import BatchSource, Passes, StageContext, draw_times, drop_captions
-from turbotrain.training.bring import bring
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
-from turbotrain.training.parallel import capture
 from turbotrain.training.pieces import Piece, beside
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom, derive_seed
@@ -28,13 +26,6 @@ class TeacherTask:
         self.within = context.time_range
         self.source = BatchSource(context, context.dataset, section.batch_size)
         self.network = initial_network(context)
-        if section.cuda_graph and context.device.type == "cuda":
-            batch, _ = self.source.at(0)[0]
-            times = torch.zeros(len(batch.prompts), dtype=torch.float64, device=context.device)
-            inputs = (batch.latent_BCTHW, times, batch.embed_BLD)
-            mixed = context.config.launch.mixed_precision == "bf16"
-            bring(self.network, context.device)
-            capture(self.network, inputs, mixed)
         role = context.role("teacher", self.network, section.optim, section.steps)
         self.roles = {"teacher": role}
         self.average = PowerEMA(role.weights(), rate=section.ema_rate)
@@ -43,7 +34,8 @@ class TeacherTask:
     def plan(self, step: int, draw: int) -> Plan:
         parts = self.source.at(draw)
         terms = [partial(self._loss, *part) for part in parts]
-        return Plan("teacher", terms, len(parts), self.source.reader.metrics, self.work)
+        graph = self.source.cuda_graph()
+        return Plan("teacher", terms, len(parts), self.source.reader.metrics, self.work, cuda_graph=graph)
 
     def _loss(self, batch: Batch, random: StepRandom) -> Term:
         noise = random.normal("noise", batch.latent_BCTHW.shape[1:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from turbotrain.config import GuardSection
 from turbotrain.training.best import Best
+from turbotrain.training.graphs import StepGraph, Sums
 from turbotrain.training.guard import Guard
 from turbotrain.training.interrupt import Interruption, Stopped
 from turbotrain.training.log import StageLog
@@ -47,7 +49,7 @@ class Plan:
     """What a task wants done at one step: `role`'s network updated by the mean over the micro-batches of the sum of losses.
 
     terms: the losses of all micro-batches. Each is computed only when the graph of the one before it is gone. phase: equal
-    for steps whose metrics measure the same.
+    for steps whose metrics measure the same. cuda_graph: records the gradients of such a step, and replays them.
     """
 
     role: str
@@ -56,6 +58,7 @@ class Plan:
     metrics: Mapping[str, float] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
     phase: str = ""
+    cuda_graph: StepGraph | None = None
 
 
 class Task(Protocol):
@@ -227,7 +230,11 @@ def take_step(
     """Gradients of every term of `plan`, then the update unless the guard objects. `meter` was started before the plan was
     made; `asked` is called once, on every process, after the gradients."""
     role = task.roles[plan.role]
-    sums = _accumulate(role, plan, meter)
+    if plan.cuda_graph is None:
+        sums = _accumulate(role, plan, meter.before_last_backward)
+    else:
+        meter.before_last_backward()
+        sums = plan.cuda_graph(list(role.parameters.values()), partial(_accumulate, role, plan))
     questions = asked()
     norm = role.norm()
     values = {**sums, **plan.metrics, **questions}
@@ -247,15 +254,15 @@ def _pieces(task: Task) -> list[Piece]:
     return [piece for role in task.roles.values() for piece in role.pieces()] + task.extra_pieces()
 
 
-def _accumulate(role: Role, plan: Plan, meter: Meter) -> dict[str, Tensor | float]:
+def _accumulate(role: Role, plan: Plan, before_last: Callable[[], None] = lambda: None) -> Sums:
     """Backward through every term in turn; returns the sums of losses and metrics, averaged over the micro-batches."""
-    sums: dict[str, Any] = {"loss": 0.0, "lost": 0.0}
+    sums: Sums = {"loss": 0.0, "lost": 0.0}
     for index, term in enumerate(plan.terms):
         last = index == len(plan.terms) - 1
         with role.micro_step(last):
             out = term()
             if last:
-                meter.before_last_backward()
+                before_last()
             role.backward(out.loss / plan.micro_batches)
         for name, value in {"loss": out.loss.detach(), "lost": out.lost, **out.metrics}.items():
             sums[name] = sums.get(name, 0.0) + value / plan.micro_batches

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -163,14 +163,3 @@ def autocast_forward(network: nn.Module, device: torch.device) -> None:
     """bf16 products of float32 weights, in every forward of `network`, inside whatever wraps it later. Casts are not cached: a
     second copy of all weights would outlive the pass."""
     network.forward = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)(network.forward)
-
-
-def capture(network: nn.Module, inputs: tuple[Tensor, ...], mixed: bool) -> None:
-    """Make training passes of `network` replay one CUDA graph each, for inputs of exactly these shapes; before `make_role`.
-
-    A network of a million parameters is thousands of kernels that take longer to launch than to run. In evaluation mode it
-    computes as before, for any shape. mixed: under autocast to bf16, whose casts a graph must make anew from the weights of
-    the moment.
-    """
-    with torch.autocast("cuda", torch.bfloat16, enabled=mixed, cache_enabled=False):
-        torch.cuda.make_graphed_callables(network.train(), inputs)
