@@ -253,7 +253,7 @@ class LaunchSection:
     context_parallel: int = 1  # processes that share each sample: its tokens, and the heads of self-attention
     activation_checkpointing: bool = False
     checkpoint_every: int = 1  # with activation_checkpointing: every n-th block; the others keep their activations
-    cuda_graph: bool = False  # on one GPU, replay steps from CUDA graphs: for small networks, bound by launches
+    cuda_graph: bool = False  # on GPUs, replay steps from CUDA graphs: for small networks, bound by launches
     compile: bool = False  # on a GPU, what stands between the linears of a trained network's blocks is compiled
     walltime_minutes: float = 0.0  # save and stop when this process is so old; 0: no limit
     keep_last: int = 2  # training states kept while a stage runs

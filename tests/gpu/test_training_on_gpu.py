@@ -34,7 +34,7 @@ GRAPHED = {
     "sla": ["sla.caption_dropout=0.5"],
     "rcm": [
         "rcm.composition=joint",
-        "rcm.tangent_warmup=5",
+        "rcm.tangent_warmup=8",  # which replayed steps see at .75 and .875
         "rcm.phases=[{cm: dcm, dmd: false, steps: 4}, {cm: scm, dmd: false, steps: 4}, {cm: scm, dmd: true, steps: 32}]",
     ],
 }

@@ -54,6 +54,16 @@ BAD = [
     (["recipe=shapes", "name=a/b"], ["name", "a/b"]),
     (["recipe=shapes", "data.kind=shards"], ["data.path", "shards"]),
     (["recipe=shapes", "sla"], ["sla", "key=value"]),
+    *(
+        (["recipe=shapes", "launch.cuda_graph=true", *given], ["launch.cuda_graph=True", remedy])
+        for given, remedy in (
+            (["launch.compile=true"], "launch.compile=false"),
+            (["launch.activation_checkpointing=true"], "launch.activation_checkpointing=false"),
+            (["lora.rank=4"], "lora.rank=0"),
+            (["model=wan2.1_i2v_14b"], "wan2.1_i2v_14b"),
+            (["model=wan2.2_t2v_a14b", "model.expert=low", "stages=[sla]"], "wan2.2_t2v_a14b"),
+        )
+    ),
 ]
 
 

@@ -31,7 +31,7 @@ from turbotrain.training.flops import backward_flops, forward_flops, tangent_flo
 from turbotrain.training.graphs import StepGraph, StepGraphs
 from turbotrain.training.loop import LoopSettings
 from turbotrain.training.meter import Work
-from turbotrain.training.parallel import data_share, make_frozen, make_role
+from turbotrain.training.parallel import data_share, make_frozen, make_role, replays_steps
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom, derive_seed
 
@@ -180,7 +180,7 @@ class StageContext:
 
 class BatchSource:
     """This rank's share of the global batch of any step: data in `BatchOrder`, randomness by (seed, step, position). With
-    `launch.cuda_graph`, on one GPU, in tensors that stay where they are."""
+    `launch.cuda_graph`, on GPUs, in tensors that stay where they are."""
 
     def __init__(self, context: StageContext, dataset: LatentDataset, batch_size: int) -> None:
         launch = context.config.launch
@@ -206,7 +206,10 @@ class BatchSource:
         first = share * self.micro_batches
         self.positions = [range(part * size, (part + 1) * size) for part in range(first, first + self.micro_batches)]
         self.reader = BatchReader(dataset, self.seed, batch_size, self.positions)
-        self._fixed = [FixedPart() for _ in self.positions] if _replays(context, dataset) else []
+        self._fixed: list[FixedPart] = []
+        if replays_steps(context.accelerator, launch, context.engine):
+            _need_one_shape(dataset)
+            self._fixed = [FixedPart() for _ in self.positions]
         self._graphs = StepGraphs([part.random for part in self._fixed], self.device) if self._fixed else None
 
     def at(self, draw: int) -> list[tuple[Batch, StepRandom]]:
@@ -226,22 +229,12 @@ class BatchSource:
         return batch, random
 
 
-def _replays(context: StageContext, dataset: LatentDataset) -> bool:
-    """Whether steps are replayed from CUDA graphs.
-
-    Raises:
-        ValueError: the data's latents have several shapes.
-    """
-    if not context.config.launch.cuda_graph or context.device.type != "cuda":
-        return False
-    if context.accelerator.num_processes > 1:
-        context.say("launch.cuda_graph: not with several processes, whose kernels the CPUs launch")
-        return False
+def _need_one_shape(dataset: LatentDataset) -> None:
+    """Raises ValueError where a graph could not serve every batch."""
     if len(dataset.buckets) > 1:
         raise ValueError(
             f"launch.cuda_graph=True: a graph is of one shape, the data has {len(dataset.buckets)}; set launch.cuda_graph=false"
         )
-    return True
 
 
 def draw_times(times: TimeSection, random: StepRandom, stream: str, within: Range = (0.0, 1.0)) -> Tensor:

@@ -28,7 +28,7 @@ from turbotrain.model.quant_linear import prepare_for_inference, quantize_block_
 from turbotrain.model.wan import WanTransformer
 from turbotrain.training.bring import bring
 from turbotrain.training.optim import learning_rate, make_optimizer
-from turbotrain.training.roles import Role
+from turbotrain.training.roles import BareRole, Role
 
 # What accelerate's launcher tells its processes. Cleared once read, so that its Accelerator leaves the wrapping to us.
 DEEPSPEED_FLAG, ZERO_STAGE = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE"
@@ -131,7 +131,14 @@ def make_role(
 
         return zero_role(name, network, optim, rate, int(engine[-1]), launch.offload)
     optimizer = make_optimizer(network.parameters(), optim)
+    if accelerator.num_processes > 1 and replays_steps(accelerator, launch, engine):
+        return BareRole(name, network, network, optimizer, rate, optim.grad_clip)
     return Role(name, accelerator.prepare_model(network), network, optimizer, rate, optim.grad_clip)
+
+
+def replays_steps(accelerator: Accelerator, launch: LaunchSection, engine: str) -> bool:
+    """Whether steps are recorded as CUDA graphs and replayed: on GPUs, of networks that lie whole on each."""
+    return launch.cuda_graph and accelerator.device.type == "cuda" and engine == "ddp"
 
 
 def make_frozen(

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -102,3 +103,17 @@ class Role:
 
     def restored(self) -> None:
         """Called after the pieces were filled."""
+
+
+class BareRole(Role):
+    """A network on several processes that nothing wraps, so that a CUDA graph can hold its passes: gradients are averaged after
+    them, at once."""
+
+    def norm(self) -> Tensor:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(own) for part, own in zip(parts, gradients, strict=True)])
+        return super().norm()
