@@ -118,7 +118,7 @@ def _check_cuda_graph(config: Config) -> None:
     launch, variant = config.launch, VARIANTS[config.model.variant]
     reasons = {
         "a graph holds its activations: set launch.activation_checkpointing=false": launch.activation_checkpointing,
-        "a graph is of one process: set launch.context_parallel=1": launch.context_parallel > 1,
+        "a graph holds no exchange between GPUs: set launch.context_parallel=1": launch.context_parallel > 1,
         "a graph records passes as they are: set launch.compile=false": launch.compile,
         "a graph trains all weights: set lora.rank=0": config.lora.rank > 0,
         f"a graph takes text alone, and one network; {variant.name} has more: set launch.cuda_graph=false": (

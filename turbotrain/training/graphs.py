@@ -57,11 +57,11 @@ class FixedRandom(StepRandom):
 class StepGraphs:
     """The graphs of a task's steps, in one memory pool. randoms: of its micro-batches."""
 
-    def __init__(self, randoms: Sequence[FixedRandom], device: torch.device, recorder: Recorder | None = None) -> None:
+    def __init__(self, randoms: Sequence[FixedRandom], device: torch.device) -> None:
         self._randoms = randoms
         # Autograd remembers the stream of a weight's gradient: steps before the recording run where it will be made.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._record = recorder or CudaRecorder(self._stream)
+        self._record: Recorder = CudaRecorder(self._stream)
         self._graphs: dict[Hashable, StepGraph] = {}
 
     def of(self, kind: Hashable) -> StepGraph:
