@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_rows import SHAPES, Call, Row, Rows
+from bench_rows import SHAPES, Row, Rows
 from rich.console import Console
 from rich.table import Table
 from turbokernels import check, tuning
+from turbokernels.timing import Call, measure
 
 OPS = ("sdpa", "linear", "sla", "select_blocks", "sparse", "jvp", "sage", "linear_attention", "w8a8", "element_wise")
 OPERAND_SETS = 2  # rotated, so that no call finds its operands in the cache
-MIN_CALLS, MAX_CALLS = 3, 200
 
 
 @dataclass
@@ -49,46 +48,6 @@ class Timing:
     check: str = ""
     graphed: bool = False
     error: str = ""
-
-
-def measure(calls: Sequence[Call], seconds: float, graphed: bool) -> tuple[float, bool]:
-    """Median milliseconds of one call, over about `seconds` of GPU time; and whether a graph was used."""
-    for call in calls:
-        call()  # compiles, and chooses launch parameters
-    torch.cuda.synchronize()
-    replay = _graph(calls) if graphed else None
-    runs = [replay] if replay else list(calls)
-    per_run = len(calls) if replay else 1
-    estimate = _events(runs, 2)[-1]
-    count = min(MAX_CALLS, max(MIN_CALLS, int(seconds * 1e3 / max(estimate, 1e-3))))
-    return statistics.median(_events(runs, count)) / per_run, replay is not None
-
-
-def _graph(calls: Sequence[Call]) -> Call | None:
-    """A replay of all calls; None for an op that cannot be captured, such as one that waits for the GPU."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            kept = [call() for call in calls]
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
-
-    def replay(results: object = kept) -> None:  # the graph's memory lives as long as its results
-        graph.replay()
-
-    return replay
-
-
-def _events(runs: Sequence[Call], count: int) -> list[float]:
-    """Milliseconds of `count` runs, in turn, without waiting in between."""
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for index, (start, end) in enumerate(pairs):
-        start.record()
-        runs[index % len(runs)]()
-        end.record()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
 
 
 Measure = Callable[[Sequence[Call], float, bool], tuple[float, bool]]

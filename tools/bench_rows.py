@@ -15,11 +15,11 @@ import torch.nn.functional as F
 import turbokernels as tk
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from turbokernels.timing import Call
 from turbokernels.w8a8.api import quantize_weight
 
 TOPK = 0.1
 BANDWIDTH_TARGET = 2.5e12  # bytes per second, of everything that is limited by memory
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 from turbokernels import check
+from turbokernels.timing import Call, measure
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import bench
-from bench_rows import SHAPES, TARGETS, Call, Row, Rows, Shape
+from bench_rows import SHAPES, TARGETS, Row, Rows, Shape
 
 TINY = Rows(Shape("tiny", length=130, heads=2, dim=32, hidden=96), torch.device("cpu"))
 
@@ -85,3 +87,17 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([]) == 1
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def test_on_a_cpu_calls_take_the_wall_clock() -> None:
+    done: list[str] = []
+
+    def sleeps(name: str, seconds: float) -> Call:
+        return lambda: (done.append(name), time.sleep(seconds))
+
+    ms, graphed = measure([sleeps("a", 0.002), sleeps("b", 0.002)], 0.02, True, torch.device("cpu"))
+    assert not graphed
+    assert 2 <= ms < 200
+    # One call each that does not count, two that tell how long they take, then about 20 ms of them, in turn.
+    assert done[:4] == ["a", "b", "a", "b"]
+    assert 7 <= len(done) <= 4 + 10
