@@ -4,9 +4,11 @@ the wall clock on a CPU."""
 from __future__ import annotations
 
 import contextlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -73,3 +75,16 @@ def _walls(runs: Sequence[Call], count: int) -> list[float]:
         runs[index % len(runs)]()
         found.append(1e3 * (time.perf_counter() - start))
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the hardware that a time belongs to."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from turbokernels.timing import device_name
 
 from turbotrain.conditioning import Conditioning
 from turbotrain.evaluation.video import VideoSink
@@ -140,7 +141,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a number depends on besides the code: device, threads, versions."""
     device = torch.device(device)
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -168,13 +169,3 @@ def seconds(value: float) -> str:
 def _now(pipe: TurboPipeline) -> float:
     pipe.synchronize()
     return time.perf_counter()
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
