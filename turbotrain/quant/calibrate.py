@@ -83,7 +83,7 @@ def smoothing_vector(input_absmax: Tensor, weight_absmax: Tensor, alpha: float) 
     return log_s.clamp(-bound, bound).exp().bfloat16().float()
 
 
-def _can_smooth(site: Site, scheme: str) -> bool:
+def can_smooth(site: Site, scheme: str) -> bool:
     # Published int8_block128 files have no place for vectors that are applied at run time.
     return site.fold != "none" and not (scheme == "int8_block128" and site.at_run_time)
 
@@ -134,7 +134,7 @@ def choose(
 
         best_alpha, best_vector, best_noise = None, None, {n: noise_ratio(x_RK, w, scheme) for n, w in weights.items()}
         plain_noise = best_noise
-        for alpha in alphas if _can_smooth(site, scheme) else ():
+        for alpha in alphas if can_smooth(site, scheme) else ():
             vector = _site_vector(site, block, stat.absmax_K, weights, alpha)
             vector_K = tile_heads(vector, x_RK.shape[1])
             noise = {name: noise_ratio(x_RK / vector_K, weight * vector_K, scheme) for name, weight in weights.items()}

@@ -16,6 +16,7 @@ from torch import nn
 from turbotrain.model.quant_linear import QuantLinear
 from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose, sqnr_db
 from turbotrain.quant.finetune import Finetune, finetune_quantised, record_passes
+from turbotrain.quant.latency import LatencyReport, float_layers_in_time, reasons, time_linears
 from turbotrain.quant.observe import ForwardCall, observe
 from turbotrain.quant.sensitivity import float_layers, latent_error, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import fold, model_sites
@@ -26,7 +27,8 @@ PROBES = 8  # calibration calls that tell how much each linear bears; the held-o
 @dataclass(frozen=True)
 class QuantizationReport:
     """layers: every block linear, as calibration found it. latent_errors: |quantised - float| / |float| of each held-out call's
-    output. sensitivity: the error of each linear alone, where a target was to be met. finetune: None where the weights were not
+    output. sensitivity: the error of each linear alone, where a target was to be met. latency: what was measured and foretold,
+    where that target was a time. finetune: None where the weights were not
     fine-tuned, else {"steps", "lr", "batch_size", "passes", "latent_error_before", "latent_error_after", "kept"}; kept says
     whether the tuned weights are the ones that came out."""
 
@@ -35,11 +37,14 @@ class QuantizationReport:
     latent_errors: list[float]
     sensitivity: dict[str, float] = field(default_factory=dict)
     finetune: dict[str, Any] | None = None
+    latency: LatencyReport | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """The `quantization` entry of a checkpoint's metadata: {"scheme", "layers", "kept_float", "latent_error", "finetune"}.
+        """The `quantization` entry of a checkpoint's metadata: {"scheme", "layers", "kept_float", "latent_error", "finetune",
+        "latency"}.
 
-        layers: {name: {"scheme", "alpha", "sqnr_db"}} of the quantised linears; kept_float: {name: reason}.
+        layers: {name: {"scheme", "alpha", "sqnr_db"}} of the quantised linears; kept_float: {name: reason}; latency: None, or
+        `LatencyReport.summary`.
         """
         return {
             "scheme": self.scheme,
@@ -51,6 +56,7 @@ class QuantizationReport:
             "kept_float": {layer.name: layer.kept_float for layer in self.layers if layer.kept_float is not None},
             "latent_error": self.mean_latent_error,
             "finetune": self.finetune,
+            "latency": None if self.latency is None else self.latency.summary(),
         }
 
     @property
@@ -60,7 +66,7 @@ class QuantizationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for report.json: {"scheme", "layers": [...], "latent_errors": [...], "latent_error",
-        "latent_sqnr_db", "sensitivity", "finetune"}.
+        "latent_sqnr_db", "sensitivity", "finetune", "latency"}; latency: None, or `LatencyReport.to_dict`.
         """
         error = self.mean_latent_error
         return {
@@ -71,6 +77,7 @@ class QuantizationReport:
             "latent_sqnr_db": None if error is None else sqnr_db(statistics.fmean(e * e for e in self.latent_errors)),
             "sensitivity": self.sensitivity,
             "finetune": self.finetune,
+            "latency": None if self.latency is None else self.latency.to_dict(),
         }
 
 
@@ -115,6 +122,7 @@ def quantize_transformer(
     alphas: Sequence[float] = DEFAULT_ALPHAS,
     min_sqnr_db: float = 0.0,
     target_error: float = 0.0,
+    target_latency: float = 0.0,
     max_rows: int = 256,
     seed: int = 0,
     finetune: Finetune | None = None,
@@ -126,20 +134,40 @@ def quantize_transformer(
     SmoothQuant exponents to try, () for none. min_sqnr_db: a linear whose output stays below it is kept in float.
     target_error: relative error of the latents that is wanted; as many linears stay in float as the errors of the others
     foretell (see `sensitivity`); 0: none for this reason. It takes a pass of the last PROBES of `calls`, which must return the
-    latent then, for every linear. max_rows: inputs sampled per linear. finetune: the weights that are quantised are fine-tuned
-    afterwards; where that does not lower the mean error of `held_out`, the untuned ones stay, and the report says so.
-    Errors: ValueError from calibration (see `observe`, `choose`, `layer_sensitivity`), and for a fine-tuning that no held-out
-    call can judge. The model is unchanged if one is raised before its weights are quantised.
+    latent then, for every linear. target_latency: the time of the block linears that is wanted, as a share of their time in
+    float on the model's device; as many stay in float as fit into it (see `latency`); 0: none for this reason. It takes the
+    same passes. max_rows: inputs sampled per linear. finetune: the weights that are quantised are fine-tuned afterwards; where
+    that does not lower the mean error of `held_out`, the untuned ones stay, and the report says so.
+    Errors: ValueError from calibration (see `observe`, `choose`, `layer_sensitivity`), for two targets, for a time that cannot
+    be reached, and for a fine-tuning that no held-out call can judge. The model is unchanged if one is raised before its
+    weights are quantised.
     Source: method.md section 7; SmoothQuant, arXiv 2211.10438.
     """
     if finetune is not None and not held_out:
         raise ValueError("held_out is empty: whether fine-tuning helped is judged on calls that it never saw")
+    if target_error and target_latency:
+        raise ValueError(
+            f"target_error={target_error:g}, target_latency={target_latency:g}: give one of the two targets"
+        )
     calls = list(calls)
     references = [call(model) for call in held_out]
-    errors = layer_sensitivity(model, calls[-PROBES:], scheme) if target_error else {}
-    reason = f"of those that cause most of a latent error of {predicted_error(errors):.4f}, wanted {target_error:g}"
-    keep = dict.fromkeys(float_layers(errors, target_error), reason)
+    errors: dict[str, float] = {}
+    keep: dict[str, str] = {}
+    times = None
+    if target_error:
+        errors = layer_sensitivity(model, calls[-PROBES:], scheme)
+        reason = f"of those that cause most of a latent error of {predicted_error(errors):.4f}, wanted {target_error:g}"
+        keep = dict.fromkeys(float_layers(errors, target_error), reason)
+    elif target_latency:
+        times = time_linears(model, calls, scheme, bool(alphas))
+        times.check(target_latency)  # before the errors, whose measurement takes longest
+        errors = layer_sensitivity(model, calls[-PROBES:], scheme)
+        keep = reasons(float_layers_in_time(errors, times, target_latency), times, target_latency)
     plan = choose(model, observe(model, calls, max_rows, seed), scheme, alphas, min_sqnr_db, keep)
+    latency = None
+    if times is not None:
+        floating = {layer.name for layer in plan.layers if layer.kept_float is not None}
+        latency = LatencyReport.of(target_latency, floating, errors, times)
     passes = [] if finetune is None else record_passes(model, finetune.calls)
     fold_plan(model, plan)
     folded = None if finetune is None else copy.deepcopy(model)
@@ -150,7 +178,7 @@ def quantize_transformer(
 
     before = left()
     if finetune is None or folded is None:
-        return QuantizationReport(scheme, plan.layers, before, errors)
+        return QuantizationReport(scheme, plan.layers, before, errors, latency=latency)
     untuned = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(finetune_quantised(folded, model, passes, finetune, seed))
     after = left()
@@ -167,4 +195,4 @@ def quantize_transformer(
         "latent_error_after": means[1] if math.isfinite(means[1]) else None,
         "kept": kept,
     }
-    return QuantizationReport(scheme, plan.layers, after if kept else before, errors, said)
+    return QuantizationReport(scheme, plan.layers, after if kept else before, errors, said, latency)
