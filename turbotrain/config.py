@@ -210,6 +210,8 @@ class QuantizeSection:
     target_error: float = (
         0.0  # of the latents: the linears that cause most of it stay in float until the rest is foretold less
     )
+    # Of the block linears in a pass, as a share of their time in float, measured here: as many stay in float as fit. 0: none.
+    target_latency: float = 0.0
     finetune: QuantTuneSection = field(default_factory=QuantTuneSection)
 
 

@@ -354,6 +354,14 @@ def _check_quantize(quantize: QuantizeSection) -> None:
     _at_least("quantize.held_out_prompts", quantize.held_out_prompts, 1)
     _between("quantize.steps", quantize.steps, 1, 4)
     _at_least("quantize.target_error", quantize.target_error, 0)
+    share, error = quantize.target_latency, quantize.target_error
+    if not 0 <= share < 1:
+        allowed = "a share of the linears' time in float, below 1 (which keeps all in float: leave the stage out); 0: no target"
+        reject("quantize.target_latency", share, allowed)
+    if share and error:
+        reject(
+            "quantize.target_latency", share, f"not beside quantize.target_error={error}: give one, and 0 for the other"
+        )
     finetune = quantize.finetune
     _at_least("quantize.finetune.steps", finetune.steps, 0)
     for name in ("batch_size", "prompts"):

@@ -11,7 +11,7 @@ import pytest
 from synthetic import ROWS, evaluation, make_run
 
 from turbotrain.evaluation.report import write_report
-from turbotrain.evaluation.report_details import quantized_layers
+from turbotrain.evaluation.report_details import quantization_summary, quantized_layers
 from turbotrain.evaluation.run_data import read_run
 
 
@@ -141,3 +141,13 @@ def test_layers_may_be_a_list_or_a_mapping() -> None:
     listed = quantized_layers({"layers": [{"name": "blocks.2.ffn.0", **entry}]})
     mapped = quantized_layers({"layers": {"blocks.2.ffn.0": entry}})
     assert [item[:2] for item in listed] == [item[:2] for item in mapped] == [(2, "ffn.0")]
+
+
+def test_a_quantisation_for_a_time_says_what_was_foretold_and_where() -> None:
+    entry = {"scheme": "int8_channel", "sqnr_db": 30.0}
+    latency = {"target": 0.7, "predicted": 0.6936, "device": "a <fast> one", "dtype": "bfloat16"}
+    report = {"layers": {"blocks.2.ffn.0": entry}, "latency": latency}
+    said = quantization_summary(report, quantized_layers(report))
+    assert "0.694 of their time in bfloat16 (wanted 0.7) on a &lt;fast&gt; one" in said
+    without = {**report, "latency": None}
+    assert "foretold" not in quantization_summary(without, quantized_layers(without))

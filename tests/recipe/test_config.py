@@ -40,6 +40,12 @@ BAD = [
     (["recipe=shapes", "evaluate.turbo_steps=[0]"], ["evaluate.turbo_steps", "0", "1 to 4"]),
     (["recipe=shapes", "quantize.steps=5"], ["quantize.steps", "5", "4"]),
     (["recipe=shapes", "quantize.scheme=int4"], ["quantize.scheme", "int4", "int8_channel"]),
+    (["recipe=shapes", "quantize.target_latency=1"], ["quantize.target_latency", "1.0", "below 1"]),
+    (["recipe=shapes", "quantize.target_latency=-0.5"], ["quantize.target_latency", "-0.5", "a share"]),
+    (
+        ["recipe=shapes", "quantize.target_latency=0.7", "quantize.target_error=0.01"],
+        ["quantize.target_latency", "0.7", "quantize.target_error=0.01", "give one"],
+    ),
     (["recipe=shapes", "quantize.finetune.lr=0"], ["quantize.finetune.lr", "0", "(0, 1)"]),
     (["recipe=shapes", "quantize.finetune.steps=-1"], ["quantize.finetune.steps", "-1", "at least 0"]),
     (["recipe=shapes", "quantize.finetune.prompts=0"], ["quantize.finetune.prompts", "0", "at least 1"]),

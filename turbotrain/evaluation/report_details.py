@@ -88,6 +88,12 @@ def quantization_summary(report: dict[str, Any], layers: list[tuple[int, str, di
         parts.append(f"SQNR {statistics.median(sqnrs):.1f} dB in the median, {min(sqnrs):.1f} dB at the lowest")
     if kept:
         parts.append(f"{kept} left unquantized")
+    latency = report.get("latency") or {}
+    if all(is_number(latency.get(name)) for name in ("predicted", "target")):
+        parts.append(
+            f"the linears foretold to take {latency['predicted']:.3f} of their time in "
+            f"{esc(latency.get('dtype', 'float'))} (wanted {latency['target']:g}) on {esc(latency.get('device', ''))}"
+        )
     error = next(
         (report[name] for name in ("latent_error", "latent_relative_error") if is_number(report.get(name))), None
     )

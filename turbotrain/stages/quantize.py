@@ -72,6 +72,7 @@ def run(context: StageContext) -> dict[str, object]:
             alphas=tuple(section.alphas) if section.smooth else (),
             min_sqnr_db=section.min_sqnr_db,
             target_error=section.target_error,
+            target_latency=section.target_latency,
             seed=derive_seed(context.seed, "calibration", *([place] if expert else [])),
             finetune=finetune,
         )
@@ -88,10 +89,23 @@ def run(context: StageContext) -> dict[str, object]:
             expert=expert,
         )
     for expert, report in reports.items():
+        if report.latency is not None:
+            context.say(latency_line(expert, report))
         if (said_of := report.finetune) is not None:
             context.say(tuning_line(expert, said_of))
     context.say(f"latent error {said['latent_error']:.4f} (relative), report in {context.folder / 'report.json'}")
     return {"latent_error": said["latent_error"], "scheme": section.scheme}
+
+
+def latency_line(expert: str, report: QuantizationReport) -> str:
+    latency, kept = report.latency, sum(layer.kept_float is not None for layer in report.layers)
+    assert latency is not None
+    name = f"{expert}-noise expert: block linears" if expert else "block linears"
+    return (
+        f"{name}: {kept} of {len(report.layers)} stay in float; foretold on {latency.times.device}: {latency.predicted:.3f} of "
+        f"their time in {latency.times.dtype} (wanted {latency.target:g}; all in 8 bits {latency.all_quantised:.3f}), latent "
+        f"error {latency.predicted_error:.4f}"
+    )
 
 
 def tuning_line(expert: str, said: dict[str, Any]) -> str:
