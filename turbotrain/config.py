@@ -193,7 +193,7 @@ class QuantTuneSection:
     """Quantisation-aware fine-tuning: the quantised network learns the float one's velocities on the Turbo sampler's steps."""
 
     steps: int = 0  # 0: weights are quantised as they are
-    lr: float = 1e-5  # of AdamW; a cosine takes it to 0
+    lr: float = 1e-6  # of AdamW; a cosine takes it to 0
     batch_size: int = 8  # sampling steps
     prompts: int = 64  # of the training split, from its start
 

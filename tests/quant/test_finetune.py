@@ -70,8 +70,9 @@ def test_tuned_weights_err_less_on_prompts_that_they_never_saw(scheme: str, dtyp
     said = report.finetune
     assert said is not None
     assert said["kept"]
-    assert said["latent_error_before"] == without.mean_latent_error
-    assert said["latent_error_after"] == report.mean_latent_error < without.mean_latent_error
+    assert without.median_latent_error is not None
+    assert said["latent_error_before"] == without.median_latent_error
+    assert said["latent_error_after"] == report.median_latent_error < without.median_latent_error
     assert said["passes"] == 24
     assert json.loads(json.dumps(report.metadata()))["finetune"] == said == report.to_dict()["finetune"]
     assert without.metadata()["finetune"] is None
@@ -101,7 +102,8 @@ def test_weights_that_tuning_made_worse_are_not_kept() -> None:
     assert report.finetune is not None
     assert not report.finetune["kept"]
     assert report.latent_errors == without.latent_errors
-    assert report.finetune["latent_error_after"] > without.mean_latent_error
+    assert without.median_latent_error is not None
+    assert report.finetune["latent_error_after"] > without.median_latent_error
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
@@ -138,8 +140,8 @@ def test_what_cannot_be_judged_or_tuned_is_refused() -> None:
 
 def test_what_came_of_it_is_said_in_a_line() -> None:
     said = {"steps": 3, "latent_error_before": 0.012345678, "latent_error_after": 0.0098765, "kept": True}
-    assert tuning_line("", said) == "fine-tuning, 3 steps: latent error 0.01235 -> 0.00988; kept"
+    assert tuning_line("", said) == "fine-tuning, 3 steps: median latent error 0.01235 -> 0.00988; kept"
     lost = {**said, "latent_error_after": None, "kept": False}
     assert tuning_line("low", lost).startswith(
-        "low-noise expert: fine-tuning, 3 steps: latent error 0.01235 -> not finite; NOT kept"
+        "low-noise expert: fine-tuning, 3 steps: median latent error 0.01235 -> not finite; NOT kept"
     )

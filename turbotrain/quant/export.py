@@ -29,7 +29,7 @@ class QuantizationReport:
     """layers: every block linear, as calibration found it. latent_errors: |quantised - float| / |float| of each held-out call's
     output. sensitivity: the error of each linear alone, where a target was to be met. latency: what was measured and foretold,
     where that target was a time. finetune: None where the weights were not
-    fine-tuned, else {"steps", "lr", "batch_size", "passes", "latent_error_before", "latent_error_after", "kept"}; kept says
+    fine-tuned, else {"steps", "lr", "batch_size", "passes", "latent_error_before", "latent_error_after", "kept"}: medians, and
     whether the tuned weights are the ones that came out."""
 
     scheme: str
@@ -63,6 +63,12 @@ class QuantizationReport:
     def mean_latent_error(self) -> float | None:
         """Mean relative error over the held-out calls; None without any."""
         return statistics.fmean(self.latent_errors) if self.latent_errors else None
+
+    @property
+    def median_latent_error(self) -> float | None:
+        """Of the held-out calls; None without any. A distilled student is not continuous: one sample that falls another way can
+        make most of the mean."""
+        return statistics.median(self.latent_errors) if self.latent_errors else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for report.json: {"scheme", "layers": [...], "latent_errors": [...], "latent_error",
@@ -137,7 +143,7 @@ def quantize_transformer(
     latent then, for every linear. target_latency: the time of the block linears that is wanted, as a share of their time in
     float on the model's device; as many stay in float as fit into it (see `latency`); 0: none for this reason. It takes the
     same passes. max_rows: inputs sampled per linear. finetune: the weights that are quantised are fine-tuned afterwards; where
-    that does not lower the mean error of `held_out`, the untuned ones stay, and the report says so.
+    that does not lower the median error of `held_out`, the untuned ones stay, and the report says so.
     Errors: ValueError from calibration (see `observe`, `choose`, `layer_sensitivity`), for two targets, for a time that cannot
     be reached, and for a fine-tuning that no held-out call can judge. The model is unchanged if one is raised before its
     weights are quantised.
@@ -182,8 +188,8 @@ def quantize_transformer(
     untuned = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(finetune_quantised(folded, model, passes, finetune, seed))
     after = left()
-    means = statistics.fmean(before), statistics.fmean(after)
-    kept = means[1] < means[0]  # false for NaN as well
+    medians = [statistics.median(errors) if all(map(math.isfinite, errors)) else math.nan for errors in (before, after)]
+    kept = medians[1] < medians[0]  # false for NaN as well
     if not kept:
         model.load_state_dict(untuned)
     said = {
@@ -191,8 +197,8 @@ def quantize_transformer(
         "lr": finetune.lr,
         "batch_size": finetune.batch_size,
         "passes": len(passes),
-        "latent_error_before": means[0],
-        "latent_error_after": means[1] if math.isfinite(means[1]) else None,
+        "latent_error_before": medians[0],
+        "latent_error_after": medians[1] if math.isfinite(medians[1]) else None,
         "kept": kept,
     }
     return QuantizationReport(scheme, plan.layers, after if kept else before, errors, said, latency)

@@ -36,7 +36,7 @@ class Finetune:
 
     calls: Sequence[ForwardCall]
     steps: int = 200
-    lr: float = 1e-5
+    lr: float = 1e-6
     batch_size: int = 8
 
     def __post_init__(self) -> None:

@@ -111,9 +111,7 @@ def latency_line(expert: str, report: QuantizationReport) -> str:
 def tuning_line(expert: str, said: dict[str, Any]) -> str:
     name = f"{expert}-noise expert: fine-tuning" if expert else "fine-tuning"
     after = said["latent_error_after"]
-    change = (
-        f"latent error {said['latent_error_before']:.5f} -> {'not finite' if after is None else format(after, '.5f')}"
-    )
+    change = f"median latent error {said['latent_error_before']:.5f} -> {'not finite' if after is None else format(after, '.5f')}"
     return (
         f"{name}, {said['steps']} steps: {change}; {'kept' if said['kept'] else 'NOT kept: the untuned weights stay'}"
     )
