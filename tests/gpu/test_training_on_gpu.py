@@ -57,6 +57,16 @@ def test_a_network_trained_from_graphs_is_the_one_trained_without(
     assert losses[True] == pytest.approx(losses[False], rel=tolerance)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_average_the_gradients_of_their_graphs(world: World, tmp_path: Path) -> None:
+    losses = {}
+    for processes in (1, 2):
+        more = ["launch.device=cuda", "stages=[sla]", *GRAPHED["sla"], "launch.cuda_graph=true", f"name=on_{processes}"]
+        subprocess.run(command(arguments(world, tmp_path, *more), processes), check=True)
+        losses[processes] = [line["loss"] for line in read_metrics(tmp_path / f"on_{processes}" / "sla")]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_sla_and_rcm_train_on_the_gpu(trained: Path) -> None:
     for stage in ("sla", "rcm"):
         lines = read_metrics(trained / stage)
