@@ -99,6 +99,17 @@ def test_a_high_noise_experts_step_counts_its_boundary_condition(tmp_path: Path)
     assert bound.critic() == alone.critic()
 
 
+def test_simulated_samples_take_as_many_passes_as_the_task_draws(tmp_path: Path) -> None:
+    """One to `passes` in turn, the last of each counted apart: two fewer draws are one forward pass less on average."""
+    config = load_config(["recipe=wan2.1_t2v_1.3b_480p", "data.path=shards", "model.teacher=teacher"])
+    context = StageContext("rcm", config, tmp_path, {}, Accelerator(cpu=True))
+    four, two = (StepWork(context, SPARSE, AttentionConfig(), passes=passes) for passes in (4, 2))
+    one = config.rcm.batch_size * forward_flops(context.variant.config, SPARSE, context.latent_shape[1:])
+    assert four.critic().flops - two.critic().flops == pytest.approx(one)
+    assert four.student("none", True).flops - two.student("none", True).flops == pytest.approx(one)
+    assert four.student("scm", False) == two.student("scm", False)
+
+
 def test_sparse_attention_counts_what_it_keeps() -> None:
     config = VARIANTS["wan2.1_t2v_1.3b"].config
     grid = (21, 60, 104)

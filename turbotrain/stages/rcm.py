@@ -46,6 +46,10 @@ class RcmTask:
         self.section = section
         self.within = context.time_range
         self.fixed_times = times_within(self.within, context.config.sampler.times)
+        # A low-noise expert never sees noise alone: its passes all begin at a time of their own.
+        self.from_latents = self.within[1] < 1
+        is_fixed = section.simulation_times == "fixed"
+        self.passes = len(self.fixed_times) + (not self.from_latents) if is_fixed else SIMULATION_STEPS
         self.boundary = context.variant.boundary
         self.guidance = context.guidance
         self.source = BatchSource(context, context.dataset, section.batch_size)
@@ -61,7 +65,7 @@ class RcmTask:
         low = None if self.low is None else self.low.attention_config
         # Of the tangent, from 0 to 1. A tensor: what a CUDA graph reads.
         self.warmup = torch.zeros((), dtype=torch.float64, device=context.device)
-        self.work = StepWork(context, self.network.attention_config, self.teacher.attention_config, low)
+        self.work = StepWork(context, self.network.attention_config, self.teacher.attention_config, low, self.passes)
 
     def plan(self, step: int, draw: int) -> Plan:
         """One loss at a time: the consistency term's graph is gone when the score term's begins."""
@@ -181,20 +185,16 @@ class RcmTask:
 
     def _renoisings(self, role: str) -> int:
         """How often the next simulated sample is made noisy again: of a network's updates, one after the other."""
-        from_latents = self.within[1] < 1
-        is_fixed = self.section.simulation_times == "fixed"
-        passes = len(self.fixed_times) + (not from_latents) if is_fixed else SIMULATION_STEPS
-        return self.roles[role].updates % passes
+        return self.roles[role].updates % self.passes
 
     def _simulate(self, batch: Batch, random: StepRandom, student: Velocity, again: int) -> Tensor:
         """What the student makes of noise. A low-noise expert never sees noise alone: it begins with clean latents made noisy
         at a time of its own, as the high-noise expert hands its result over."""
         shape = batch.latent_shape
-        from_latents = self.within[1] < 1
-        draws = [self._simulation_time(i, batch, random) for i in range(again + from_latents)]
+        draws = [self._simulation_time(i, batch, random) for i in range(again + self.from_latents)]
         noises = [random.normal(f"simulation_noise_{i}", shape) for i in range(again)]
         start = random.normal("simulation_start", shape)
-        if from_latents:
+        if self.from_latents:
             first, *draws = draws
             start = noise_trig(batch.latent_BCTHW, start, first)
             generated = backward_simulation(student, start, draws, noises, first)
@@ -232,7 +232,7 @@ class RcmTask:
 
 class StepWork:
     """What each kind of step has to do. The teacher answers twice, with and without the prompt; a discrete step asks the student
-    twice; simulated samples take 0 to 3 passes before the last. low: of the low-noise expert's student, where it is the
+    twice; of `passes` for a simulated sample all numbers come in turn. low: of the low-noise expert's student, where it is the
     continuous term's boundary condition."""
 
     def __init__(
@@ -241,10 +241,11 @@ class StepWork:
         attention: AttentionConfig,
         teacher: AttentionConfig,
         low: AttentionConfig | None = None,
+        passes: int = SIMULATION_STEPS,
     ) -> None:
         self.context, self.attention, self.of_teacher, self.low = context, attention, teacher, low
         self.teacher = 1.0 if context.guidance == 1 else 2.0
-        self.simulated = (SIMULATION_STEPS - 1) / 2
+        self.simulated = (passes - 1) / 2  # before the last
 
     def student(self, cm: str, dmd: bool) -> Work:
         forward = {"scm": 1.0, "dcm": 2.0, "none": 0.0}[cm] + (1.0 + self.simulated if dmd else 0.0)
