@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def rate_to_gamma(rate: float) -> float:
@@ -33,17 +32,15 @@ def rate_to_gamma(rate: float) -> float:
 
 
 class PowerEMA:
-    """A float32 shadow of named parameters; buffers and integers are copied as they are.
+    """A float32 shadow of named weights.
 
-    `source` is an unwrapped module or a mapping of names to tensors. The caller counts updates, so that a resumed run
-    goes on with the same betas: a shadow that was saved and filled again continues bit for bit.
+    The caller counts updates, so that a resumed run goes on with the same betas: a shadow that was saved and filled again
+    continues bit for bit.
     """
 
-    def __init__(self, source: nn.Module | Mapping[str, Tensor], rate: float = 0.1, gamma: float | None = None) -> None:
-        self.gamma = rate_to_gamma(rate) if gamma is None else gamma
-        averaged, copied = _split(source)
-        self.shadow = {name: p.detach().to(torch.float32, copy=True) for name, p in averaged.items()}
-        self.copied = {name: b.detach().clone() for name, b in copied.items()}
+    def __init__(self, weights: Mapping[str, Tensor], rate: float = 0.1) -> None:
+        self.gamma = rate_to_gamma(rate)
+        self.shadow = {name: weight.detach().to(torch.float32, copy=True) for name, weight in weights.items()}
 
     def beta(self, i: int) -> float:
         """Weight of the past at update i: 0 at i = 0, 0.004 at i = 1 (rate 0.1), so that the starting weights soon
@@ -51,39 +48,17 @@ class PowerEMA:
         return (1 - 1 / (i + 1)) ** (self.gamma + 1)
 
     @torch.no_grad()
-    def update(self, source: nn.Module | Mapping[str, Tensor], i: int) -> None:
-        """shadow <- beta_i shadow + (1 - beta_i) weights; i: how many times these weights have been updated."""
-        averaged, copied = _split(source)
-        if averaged.keys() != self.shadow.keys():
-            raise ValueError(f"EMA tracks other parameters: {_difference(averaged.keys(), self.shadow.keys())}")
+    def update(self, weights: Mapping[str, Tensor], i: int) -> None:
+        """shadow <- beta_i shadow + (1 - beta_i) weights; i: how many times these weights have been updated.
+
+        Raises:
+            ValueError: the weights are not those of the shadow.
+        """
+        if weights.keys() != self.shadow.keys():
+            extra, missing = sorted(weights.keys() - self.shadow.keys()), sorted(self.shadow.keys() - weights.keys())
+            raise ValueError(f"EMA tracks other parameters: unexpected {extra[:5]}, missing {missing[:5]}")
         beta = self.beta(i)
         shadow = list(self.shadow.values())
         # All tensors at once: one by one, a small network's average takes longer to launch than to compute.
         torch._foreach_mul_(shadow, beta)
-        torch._foreach_add_(shadow, [averaged[name].detach().to(torch.float32) for name in self.shadow], alpha=1 - beta)
-        for name, b in copied.items():
-            self.copied[name] = b.detach().clone()
-
-    @torch.no_grad()
-    def copy_to(self, target: nn.Module) -> None:
-        """Writes the average into a module of the same names, in the module's dtypes."""
-        averaged, copied = _split(target)
-        if averaged.keys() != self.shadow.keys() or copied.keys() != self.copied.keys():
-            here = self.shadow.keys() | self.copied.keys()
-            raise ValueError(f"EMA tracks another model: {_difference(averaged.keys() | copied.keys(), here)}")
-        for name, tensor in (averaged | copied).items():
-            tensor.copy_(self.shadow[name] if name in self.shadow else self.copied[name])
-
-
-def _split(source: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(averaged, copied): floating-point parameters, and everything else that a state dict holds."""
-    if not isinstance(source, nn.Module):
-        averaged = {k: v for k, v in source.items() if v.is_floating_point()}
-        return averaged, {k: v for k, v in source.items() if k not in averaged}
-    averaged: dict[str, Tensor] = {k: p for k, p in source.named_parameters() if p.is_floating_point()}
-    return averaged, {k: v for k, v in source.state_dict(keep_vars=True).items() if k not in averaged}
-
-
-def _difference(theirs: Any, mine: Any) -> str:
-    extra, missing = sorted(theirs - mine), sorted(mine - theirs)
-    return f"unexpected {extra[:5]}, missing {missing[:5]}"
+        torch._foreach_add_(shadow, [weights[name].detach().float() for name in self.shadow], alpha=1 - beta)
