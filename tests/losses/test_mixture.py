@@ -77,7 +77,8 @@ def _pretrained(g: torch.Generator) -> TinyVelocity:
 def _distilled(start: TinyVelocity, g: torch.Generator) -> TinyVelocity:
     """The averaged students after the schedule of method.md, section 4d, at this size."""
     student, fake, teacher = start, copy.deepcopy(start), WORLD.teacher()
-    average = PowerEMA(student, rate=0.1)
+    weights = dict(student.named_parameters())
+    average = PowerEMA(weights, rate=0.1)
     optimiser = torch.optim.Adam(student.parameters(), lr=1e-3, betas=(0.0, 0.999))
     fake_optimiser = torch.optim.Adam(fake.parameters(), lr=4e-3, betas=(0.0, 0.999))
     kind = torch.arange(MEMBERS).div(SEEDS, rounding_mode="floor").repeat_interleave(BATCH)[:, None]
@@ -109,8 +110,8 @@ def _distilled(start: TinyVelocity, g: torch.Generator) -> TinyVelocity:
         turn.step()
         if turn is optimiser:
             updates += 1
-            average.update(student, updates)
-    average.copy_to(student)
+            average.update(weights, updates)
+    student.load_state_dict(average.shadow)
     return student
 
 
