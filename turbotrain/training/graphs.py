@@ -7,7 +7,7 @@ they lay when it was recorded: batches and draws are written to tensors that sta
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,9 @@ class StepGraphs:
 
     def of(self, kind: Hashable) -> StepGraph:
         """The graph of steps that launch the same kernels on the same tensors."""
-        return self._graphs.setdefault(kind, StepGraph(self._randoms, self._record, self._stream))
+        if kind not in self._graphs:
+            self._graphs[kind] = StepGraph(self._randoms, self._record, self._stream)
+        return self._graphs[kind]
 
 
 class StepGraph:
@@ -75,18 +77,18 @@ class StepGraph:
     def __init__(self, randoms: Sequence[FixedRandom], record: Recorder, stream: torch.cuda.Stream | None) -> None:
         self._randoms, self._record, self._stream = randoms, record, stream
         self._draws: list[set[Draw]] = []
-        self._as_it_is: float = WARM_UP
+        self._steps_to_record: float = WARM_UP
         self._recording: Recording | None = None
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._tables: list[Tensor] = []  # read by address as well, and otherwise only remembered for a while
 
-    def __call__(self, parameters: Sequence[nn.Parameter], compute: Callable[[], Sums]) -> Sums:
+    def __call__(self, parameters: Collection[nn.Parameter], compute: Callable[[], Sums]) -> Sums:
         """What `compute` returns, after it (or its replay) has given `parameters` their gradients, which must be None before.
 
         compute: reads weights, a `FixedPart`'s batch, its draws, and nothing else that changes from step to step.
         """
-        if self._as_it_is > 0:
-            self._as_it_is -= 1
+        if self._steps_to_record > 0:
+            self._steps_to_record -= 1
             return self._plainly(compute)
         for random, draws in zip(self._randoms, self._draws, strict=True):
             for draw in draws:
@@ -97,7 +99,7 @@ class StepGraph:
                     self._recording = self._record(compute)
             except RuntimeError as error:
                 logger.warning("no CUDA graph, the CPU launches every kernel of every step: %s", error)
-                self._as_it_is = float("inf")
+                self._steps_to_record = float("inf")
                 for parameter in parameters:
                     parameter.grad = None
                 return self._plainly(compute)

@@ -234,7 +234,7 @@ def take_step(
         sums = _accumulate(role, plan, meter.before_last_backward)
     else:
         meter.before_last_backward()
-        sums = plan.cuda_graph(list(role.parameters.values()), partial(_accumulate, role, plan))
+        sums = plan.cuda_graph(role.parameters.values(), partial(_accumulate, role, plan))
     questions = asked()
     norm = role.norm()
     values = {**sums, **plan.metrics, **questions}
