@@ -70,7 +70,7 @@ def test_every_kind_of_the_shipped_matrix_runs(bench: Bench, monkeypatch: pytest
     assert {"sla010/sage", "turbo/int8_4", "untuned/topk100", "schemes/int8_mixed", "schemes/block_tuned", "merge/s4",
             "schemes/weights_fp8", "blocks64/wide"} <= set(tried)  # fmt: skip
     assert tried["untuned/topk100"] == {"attention_mass"}
-    assert {"latent_error", "kept_float", "finetune"} < tried["schemes/block_tuned"]
+    assert {"latent_errors", "kept_float", "finetune"} < tried["schemes/block_tuned"]
 
 
 def test_a_merge_adds_what_sparse_attention_learnt(bench: Bench) -> None:

@@ -112,9 +112,10 @@ def test_quantised_rows_say_what_it_cost(bench: Bench, monkeypatch: pytest.Monke
     row = Row("mixed", 4, quantize=options)
     network, facts = build(bench, dataclasses.replace(bench.folders.matrix.cells[0], rows=(row,)), row)
     assert 0 < len(facts["kept_float"]) < len(facts["sensitivity"])
-    assert facts["latent_error"] < predicted_error(facts["sensitivity"])
+    (error,) = facts["latent_errors"]
+    assert error < predicted_error(facts["sensitivity"])
     assert (facts["finetune"]["steps"], facts["finetune"]["passes"]) == (1, 4)
-    assert facts["latent_error"] <= facts["finetune"]["latent_error_before"]
+    assert error <= facts["finetune"]["latent_error_before"]
     assert set(facts["sqnr_db"]) == set(facts["sensitivity"])
     kept = facts["kept_float"][0]
     assert isinstance(network.get_submodule(kept), torch.nn.Linear)

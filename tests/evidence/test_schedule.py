@@ -131,6 +131,28 @@ def test_a_plan_holds_what_is_missing_and_nothing_else(matrix_file: Path, tmp_pa
     assert tasks["train:turbo"].needs == []
 
 
+def test_nothing_is_trained_for_rows_that_are_all_there(matrix_file: Path, tmp_path: Path) -> None:
+    matrix = load_matrix(matrix_file)
+    folders = Folders(tmp_path / "run", matrix)
+    folders.root.mkdir()
+    write_json(folders.root / "given.json", {"teacher": "/t", "codec": "/c"})
+
+    def tasks() -> list[str]:
+        return [task.name for task in plan(folders, [], [], []) if task.name != "base"]
+
+    for cell in matrix.cells:
+        for row in cell.rows:
+            folders.result(cell, row).parent.mkdir(parents=True, exist_ok=True)
+            folders.result(cell, row).write_text("{}")
+    assert plan(folders, [], [], []) == []
+    (folders.root / "results" / "copy" / "s1.json").unlink()
+    assert tasks() == ["train:sla010", "train:turbo", "measure:copy"]
+    turbo = folders.root / "cells" / "turbo" / "rcm"
+    turbo.mkdir(parents=True)
+    write_json(turbo / "stage.json", {"status": "done"})
+    assert tasks() == ["measure:copy"]
+
+
 def test_chosen_cells_bring_what_they_need_and_the_reference(matrix_file: Path, tmp_path: Path) -> None:
     folders = Folders(tmp_path / "run", load_matrix(matrix_file))
     folders.root.mkdir()

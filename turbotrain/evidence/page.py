@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -307,8 +308,8 @@ def _value(row: Mapping[str, Any], name: str) -> str:
         seconds = row.get(name)
         return "" if seconds is None else f"{seconds:.2f} s"
     if name == "latent_error":
-        error = facts.get(name)
-        return "" if error is None else f"{error:.3f}"
+        errors = facts.get("latent_errors")
+        return f"{statistics.median(errors):.3f}" if errors else ""
     if name == "kept_float":
         return f"{len(facts[name])} of {len(facts['sqnr_db'])}" if facts.get(name) else ""
     values = row["metrics"].get(name)
@@ -336,8 +337,8 @@ def _how(document: Mapping[str, Any], rows: Rows) -> list[str]:
         "- Frechet: between Gaussians fitted to features of a fixed random convolutional network (seeded, untrained, 128 numbers",
         f"  a clip), against {document['real']:,} rendered clips of other captions. PSNR, SSIM: to the teacher at 50 steps,",
         "  every fourth frame.",
-        "- latent error: |8 bits - float| / |float| of the latents, over 8 captions of the training split that calibration did",
-        "  not see; in float: linears that stay so.",
+        "- latent error: |8 bits - float| / |float| of the latents, the median over captions of the training split that",
+        "  calibration did not see; in float: linears that stay so.",
         "- Means and ratios: bootstrap over prompts, 1,000 resamples; coverage: jackknife over prompts; Frechet: over 16 groups",
         "  of prompts.",
         "",

@@ -46,7 +46,7 @@ from turbotrain.stages.artifacts import attention_config
 
 # Prompts of the training split: to calibrate, to measure the error that is left (and sensitive layers), to fine-tune, to see
 # attention.
-CALIBRATION, HELD_OUT, FINETUNE, MASS_CLIPS = 16, 8, 64, 2
+CALIBRATION, HELD_OUT, FINETUNE, MASS_CLIPS = 16, 32, 64, 2
 CALIBRATION_SEED = 10**6  # no clip of a trial draws this noise
 
 
@@ -232,7 +232,7 @@ def _quantize(bench: Bench, network: WanTransformer, row: Row) -> dict[str, Any]
     )
     return {
         "scheme": scheme,
-        "latent_error": report.mean_latent_error,
+        "latent_errors": report.latent_errors,
         "finetune": report.finetune,
         "kept_float": [layer.name for layer in report.layers if layer.kept_float is not None],
         "sensitivity": report.sensitivity,

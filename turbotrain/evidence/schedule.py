@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from turbotrain.evidence.folders import Folders
-from turbotrain.evidence.matrix import Cell, Matrix
+from turbotrain.evidence.matrix import Cell
 from turbotrain.records import status
 
 LAST_WORDS = 20  # seconds that children get to save what they have
@@ -53,11 +53,15 @@ def plan(
 
     train: the command in front of a training's overrides. measure: the command in front of a cell's name. common: overrides of
     every training beside the matrix's own. only: names of cells; the others are left out, but for those that these need and
-    the first, which all are compared with.
+    the first, which all are compared with. A cell whose rows are all there is trained for another's sake alone: checkpoints of
+    a finished matrix may be removed.
     """
     matrix = folders.matrix
     logs = folders.root / "logs"
     tasks: list[Task] = []
+    cells = _chosen(folders, only)
+    if not cells:
+        return tasks
     given = folders.given()
     stages = [stage for stage in matrix.base if stage not in given]
     unfinished = [stage for stage in stages if status(folders.base / stage) != "done"]
@@ -67,7 +71,7 @@ def plan(
         overrides = [f"name={folders.base.name}", f"stages=[{','.join(stages)}]", *codec]
         tasks.append(Task(BASE, [*train, *own, *overrides], [], logs / "base.log"))
     first = matrix.cells[0]
-    for cell in _chosen(matrix, only):
+    for cell in cells:
         waits = [BASE] if unfinished else []
         waits += [f"train:{name}" for name in cell.needs if not folders.trained(matrix.cell(name))]
         if not folders.trained(cell):
@@ -85,16 +89,18 @@ def plan(
     return tasks
 
 
-def _chosen(matrix: Matrix, only: Sequence[str]) -> list[Cell]:
-    """Raises UsageError for a name that no cell has."""
-    if not only:
-        return list(matrix.cells)
-    wanted = {matrix.cells[0].name}
-    found = [matrix.cell(name) for name in only]
+def _chosen(folders: Folders, only: Sequence[str]) -> list[Cell]:
+    """Cells of which rows are missing, and what these need. Raises UsageError for a name that no cell has."""
+    matrix = folders.matrix
+    named = [matrix.cell(name) for name in only] or matrix.cells
+    if found := [cell for cell in named if folders.missing(cell)]:
+        found.append(matrix.cells[0])
+    wanted: set[str] = set()
     while found:
         cell = found.pop()
         wanted.add(cell.name)
-        found += [matrix.cell(name) for name in cell.needs]
+        if not cell.stage or not folders.trained(cell):
+            found += [matrix.cell(name) for name in cell.needs]
     return [cell for cell in matrix.cells if cell.name in wanted]
 
 
