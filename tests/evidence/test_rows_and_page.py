@@ -158,6 +158,8 @@ def test_the_page_and_the_readme_say_what_the_files_say(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "evidence.md"
     written = write_page(tmp_path / "results.json", page)
     assert {page, readme} < set(written)
+    found = {row["cell"]: row["metrics"]["accuracy"][0] for row in invented.results()["rows"] if row["row"] == "s20"}
+    apart = abs(found["sla010"] - found["sla010_again"])
     for text in (page.read_text(), readme.read_text()):
         headline = {tuple(line.split(" | ")[:2]): line for line in text.splitlines() if line.endswith("` |")}
         assert headline["| teacher, UniPC, guidance 3", "50"].count(" | 50.00 s | ") == 1
@@ -167,6 +169,7 @@ def test_the_page_and_the_readme_say_what_the_files_say(tmp_path: Path) -> None:
         assert f"`python tools/evidence.py run configs/evidence/shapes_h200.yaml {given}` with its options" in text
         assert headline["| SLA, top-k 0.1", "20"].count(" |  | ") == 1  # no such form was timed
         assert "took 1.02 of it" in text
+        assert f"trained a second time with another seed, differs by {apart:.3f} in accuracy." in text
         assert "By other prompts' captions the teacher's videos have an accuracy of 0.350: chance." in text
     assert "| SLA 0.1, then rCM staged | 4 |" in page.read_text()
     assert readme.read_text().startswith("before\n<!-- evidence -->\n| method | steps | accuracy")

@@ -29,6 +29,11 @@ class Claim:
 
 WORDS = ("holds", "fails", "holds, not significantly", "fails, not significantly")
 TEACHER, STUDENT, TURBO = ("teacher", "s50"), ("rcm_staged", "s4"), ("turbo", "int8_4")
+SPARSE_ALONE = (
+    ("0.1", "sla010", "sparse_only"),
+    ("0.05", "sla005", "sparse_only005"),
+    ("0.025", "sla0025", "sparse_only0025"),
+)
 CLAIMS = (
     Claim("rCM covers at least as much as DMD, 4 steps", STUDENT, ("dmd", "s4"), "coverage"),
     Claim("rCM covers at least as much as DMD, 1 step", ("rcm_staged", "s1"), ("dmd", "s1"), "coverage"),
@@ -37,10 +42,13 @@ CLAIMS = (
     ),
     Claim("rCM is at least as accurate as sCM, 4 steps", STUDENT, ("scm", "s4")),
     Claim("rCM is at least as accurate as sCM, 1 step", ("rcm_staged", "s1"), ("scm", "s1")),
-    Claim(
-        "sparse + linear is at least as accurate as sparse alone, both fine-tuned at top-k 0.1",
-        ("sla010", "s20"),
-        ("sparse_only", "s20"),
+    *(
+        Claim(
+            f"sparse + linear is at least as accurate as sparse alone, both fine-tuned at top-k {topk}",
+            (sla, "s20"),
+            (sparse, "s20"),
+        )
+        for topk, sla, sparse in SPARSE_ALONE
     ),
     Claim("rCM in 4 steps is within 2 points of the teacher", STUDENT, TEACHER, margin=0.02),
     Claim("rCM in 1 step is within 10 points of the teacher", ("rcm_staged", "s1"), TEACHER, margin=0.10),

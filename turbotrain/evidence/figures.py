@@ -9,7 +9,7 @@ from typing import Any
 
 from turbotrain.evaluation.charts import Series, dot_grid, scatter_chart, standalone
 from turbotrain.evaluation.report_style import FIGURE_CSS
-from turbotrain.evidence.claims import Key, Rows
+from turbotrain.evidence.claims import SPARSE_ALONE, Key, Rows
 
 STEPS = ("s1", "s2", "s4")
 LINES = (
@@ -26,8 +26,8 @@ PARETO = (
     ("merge", STEPS, "merge", "merge"),
 )
 TOPK = (
-    ("SLA, fine-tuned", "sla", ("sla005", "sla010", "sla015", "sla020", "sla030", "sla050", "sla100")),
-    ("sparse alone, fine-tuned", "critic", ("sparse_only",)),
+    ("SLA, fine-tuned", "sla", ("sla0025", "sla005", "sla010", "sla015", "sla020", "sla030", "sla050", "sla100")),
+    ("sparse alone, fine-tuned", "critic", tuple(sparse for _, _, sparse in SPARSE_ALONE)),
     ("SLA by layer, fine-tuned", "turbo", ("sla010_layers",)),
 )
 STRIPS: tuple[tuple[Key, str], ...] = (
@@ -139,7 +139,7 @@ def _topk(rows: Rows) -> str:
     series = [one for one in series if one.xs]
     teacher = rows.get(("teacher", "s20"))
     reference = ("teacher, dense", teacher["metrics"]["accuracy"][0]) if teacher else None
-    return scatter_chart(series, "top-k", "accuracy", [0.05, 0.1, 0.2, 0.5, 1.0], reference) if series else ""
+    return scatter_chart(series, "top-k", "accuracy", [0.025, 0.05, 0.1, 0.2, 0.5, 1.0], reference) if series else ""
 
 
 def _by_topk(label: str, css: str, found: Sequence[Mapping[str, Any]]) -> Series:

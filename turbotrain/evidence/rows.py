@@ -219,7 +219,8 @@ def _quantize(bench: Bench, network: WanTransformer, row: Row) -> dict[str, Any]
         _round_weights(network, scheme)
         return {"scheme": scheme, "weights_only": True}
     steps = options.get("finetune", 0)
-    calls = list(calibration_calls(bench, CALIBRATION + HELD_OUT + (FINETUNE if steps else 0)))
+    # All of them for every row: what the text encoder rounds depends on the size of its batch.
+    calls = list(calibration_calls(bench, CALIBRATION + HELD_OUT + FINETUNE))
     report = quantize_transformer(
         network,
         calls[:CALIBRATION],
