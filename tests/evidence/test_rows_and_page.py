@@ -247,6 +247,27 @@ def test_tables_begin_with_what_their_rows_are_measured_against(tmp_path: Path) 
     assert "against the first" not in row
 
 
+def test_rows_of_sla_stand_by_kind_and_rising_top_k(tmp_path: Path) -> None:
+    write_json(tmp_path / "results.json", invented.results())
+    write_page(tmp_path / "results.json", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    found = [row["method"] for row in _section(text, "Sparse-linear attention")]
+    by_layer = ": 0.05, 0.05, 0.1, 0.15"
+    same = ["the same in 8 bits (SageSLA)", f"the same, top-k 0.1 on average, by layer{by_layer}"]
+    tuned = [f"SLA, top-k {topk}" for topk in ("0.025", "0.05", "0.1", "0.15", "0.2", "0.3", "0.5", "1.0")]
+    sparse = [f"sparse attention alone, top-k {topk}, fine-tuned" for topk in ("0.025", "0.05", "0.1")]
+    untuned = [f"no fine-tuning, top-k {topk}" for topk in (f"0.1 on average, by layer{by_layer}", "0.1", "0.3", "1.0")]
+    assert found[0] == "teacher, UniPC, guidance 3"
+    assert found[1:11] == [*tuned[:3], *same, *tuned[3:]]
+    assert found[11:14] == sparse
+    assert found[found.index("SLA, top-k 0.1, blocks of 64x64") + 1] == "the same, inferred with 128x64"
+    assert found[-4:] == untuned
+    by_attribute = [row["method"] for row in _section(text, "By attribute")]
+    start = by_attribute.index(tuned[0])
+    assert by_attribute[start : start + len(found) - 1] == found[1:]
+    assert len(by_attribute) == len(invented.results()["rows"])
+
+
 @pytest.mark.parametrize("text", ["", "<!-- evidence -->", "<!-- /evidence --><!-- evidence -->", "no marks"])
 def test_a_readme_without_its_marks_stays(text: str) -> None:
     assert between_marks(text, "block") == text

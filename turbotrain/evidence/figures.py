@@ -45,15 +45,16 @@ STRIPS: tuple[tuple[Key, str], ...] = (
 
 CAPTIONS = {
     "evidence_pareto_accuracy.svg": "Accuracy by latency; whiskers: 95%. Latency: the row's passes times one pass of a Wan "
-    "network in the row's form, as under the table. Dashed: the Pareto front; nothing as fast is better.",
-    "evidence_pareto_coverage.svg": "Coverage of start positions by the same latency; dashed: the Pareto front.",
+    "network in the row's form, as under the table. Dashed: the Pareto front of these points; none as fast is better.",
+    "evidence_pareto_coverage.svg": "Coverage of start positions by the same latency; dashed: the Pareto front of these points.",
     "evidence_accuracy.svg": "Accuracy by passes through the network; whiskers: 95%, over prompts.",
     "evidence_coverage.svg": "Coverage of start positions by passes through the network.",
-    "evidence_topk.svg": "Accuracy in 20 guided steps by the share of key blocks that is kept.",
+    "evidence_topk.svg": "Accuracy in 20 guided steps by the share of key blocks that is kept; whiskers: 95%.",
     "evidence_sqnr.svg": "Signal to quantisation noise of every linear of the Turbo student in int8; hollow: not smoothed.",
     "evidence_outliers.svg": "Largest input of every linear of the Turbo student: where outliers are.",
-    "evidence_sensitivity.svg": "Relative error of the student's latents when one linear alone is in int8.",
-    "evidence_mass.svg": "Softmax mass that the kept blocks hold, by top-k: a line a layer, the mean over its heads.",
+    "evidence_sensitivity.svg": "Relative error of the Turbo student's latents when one linear alone is in int8, not smoothed.",
+    "evidence_mass.svg": "Softmax mass that the kept blocks hold in the network that is not fine-tuned, in 4 steps of the "
+    "Turbo sampler, by top-k: a line a layer, the mean over its heads.",
     "evidence_films.svg": "One prompt from the same noise, six of the frames.",
 }
 
