@@ -224,3 +224,12 @@ def test_bad_input_is_named() -> None:
     quantize_transformer(model, forward_calls(1))
     with pytest.raises(ValueError, match="quantised already"):
         quantize_transformer(model, forward_calls(1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_that_no_observed_input_shows_is_named(value: float) -> None:
+    model = network()
+    with torch.no_grad():
+        model.blocks[-1].get_submodule("ffn.2").weight[0, 0] = value  # only the head reads what comes of it
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.2"):
+        quantize_transformer(model, forward_calls(1))

@@ -65,3 +65,25 @@ def test_a_target_is_met_and_the_layers_in_float_say_why() -> None:
     assert plain.sensitivity == {}
     with pytest.raises(ValueError, match="calls is empty"):
         quantize_transformer(copy.deepcopy(model), [], target_error=target)
+
+
+def test_latents_that_are_not_finite_are_refused_before_anything_is_chosen() -> None:
+    model = network(SLA)
+    seen: list[int] = []
+
+    def broken(model: torch.nn.Module) -> torch.Tensor:
+        seen.append(1)
+        return torch.tensor([1.0, torch.nan])
+
+    for held_out, target in (([], 0.1), ([broken], 0.0)):
+        seen.clear()
+        with pytest.raises(ValueError, match="not finite"):
+            quantize_transformer(model, [broken], held_out, target_error=target)
+        assert len(seen) == 1  # not once for every linear
+
+    def one_fails(model: torch.nn.Module) -> torch.Tensor:
+        return torch.ones(2) if isinstance(model.get_submodule("blocks.1.ffn.2"), torch.nn.Linear) else broken(model)
+
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.2.*int8_channel"):
+        layer_sensitivity(model, [one_fails])
+    assert isinstance(model.get_submodule("blocks.1.ffn.2"), torch.nn.Linear)

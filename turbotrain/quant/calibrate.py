@@ -112,7 +112,8 @@ def choose(
     The linears of a site share its vector: their noise ratios are added. A linear whose SQNR stays below `min_sqnr_db`,
     or that `keep` names (with the reason), is kept in float; when that leaves none of a site, the site is not
     smoothed. The model is not changed.
-    Errors: ValueError for an unknown scheme, an alpha outside [0, 1], a model that is quantised already.
+    Errors: ValueError for an unknown scheme, an alpha outside [0, 1], a model that is quantised already, and weights that are
+    not finite.
     """
     check_scheme("calibrate", scheme)
     outside = [alpha for alpha in alphas if not 0 <= alpha <= 1]
@@ -134,6 +135,9 @@ def choose(
 
         best_alpha, best_vector, best_noise = None, None, {n: noise_ratio(x_RK, w, scheme) for n, w in weights.items()}
         plain_noise = best_noise
+        for name, noise in plain_noise.items():
+            if math.isnan(noise):
+                raise ValueError(f"the weight of {block_name}.{name} holds NaN or Inf: check the checkpoint")
         for alpha in alphas if can_smooth(site, scheme) else ():
             vector = _site_vector(site, block, stat.absmax_K, weights, alpha)
             vector_K = tile_heads(vector, x_RK.shape[1])

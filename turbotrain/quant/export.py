@@ -18,7 +18,7 @@ from turbotrain.quant.calibrate import DEFAULT_ALPHAS, LayerReport, Plan, choose
 from turbotrain.quant.finetune import Finetune, finetune_quantised, record_passes
 from turbotrain.quant.latency import LatencyReport, float_layers_in_time, reasons, time_linears
 from turbotrain.quant.observe import ForwardCall, observe
-from turbotrain.quant.sensitivity import float_layers, latent_error, layer_sensitivity, predicted_error
+from turbotrain.quant.sensitivity import float_latents, float_layers, latent_error, layer_sensitivity, predicted_error
 from turbotrain.quant.sites import fold, model_sites
 
 PROBES = 8  # calibration calls that tell how much each linear bears; the held-out ones then judge a choice that never saw them
@@ -28,9 +28,9 @@ PROBES = 8  # calibration calls that tell how much each linear bears; the held-o
 class QuantizationReport:
     """layers: every block linear, as calibration found it. latent_errors: |quantised - float| / |float| of each held-out call's
     output. sensitivity: the error of each linear alone, where a target was to be met. latency: what was measured and foretold,
-    where that target was a time. finetune: None where the weights were not
-    fine-tuned, else {"steps", "lr", "batch_size", "passes", "latent_error_before", "latent_error_after", "kept"}: medians, and
-    whether the tuned weights are the ones that came out."""
+    where that target was a time. finetune: None where the weights were not fine-tuned, else {"steps", "lr", "batch_size",
+    "passes", "latent_error_before", "latent_error_after", "kept"}: medians, and whether the tuned weights are the ones that
+    came out."""
 
     scheme: str
     layers: list[LayerReport]
@@ -145,8 +145,8 @@ def quantize_transformer(
     same passes. max_rows: inputs sampled per linear. finetune: the weights that are quantised are fine-tuned afterwards; where
     that does not lower the median error of `held_out`, the untuned ones stay, and the report says so.
     Errors: ValueError from calibration (see `observe`, `choose`, `layer_sensitivity`), for two targets, for a time that cannot
-    be reached, and for a fine-tuning that no held-out call can judge. The model is unchanged if one is raised before its
-    weights are quantised.
+    be reached, for latents that are not finite, and for a fine-tuning that no held-out call can judge. The model is unchanged
+    if one is raised before its weights are quantised.
     Source: method.md section 7; SmoothQuant, arXiv 2211.10438.
     """
     if finetune is not None and not held_out:
@@ -156,7 +156,7 @@ def quantize_transformer(
             f"target_error={target_error:g}, target_latency={target_latency:g}: give one of the two targets"
         )
     calls = list(calls)
-    references = [call(model) for call in held_out]
+    references = float_latents(model, held_out)
     errors: dict[str, float] = {}
     keep: dict[str, str] = {}
     times = None
@@ -188,7 +188,7 @@ def quantize_transformer(
     untuned = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(finetune_quantised(folded, model, passes, finetune, seed))
     after = left()
-    medians = [statistics.median(errors) if all(map(math.isfinite, errors)) else math.nan for errors in (before, after)]
+    medians = [statistics.median(found) if all(map(math.isfinite, found)) else math.nan for found in (before, after)]
     kept = medians[1] < medians[0]  # false for NaN as well
     if not kept:
         model.load_state_dict(untuned)

@@ -23,6 +23,15 @@ def latent_error(value: Tensor, reference: Tensor) -> float:
     return float(difference / reference.double().norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
+@torch.no_grad()
+def float_latents(model: nn.Module, calls: Sequence[ForwardCall]) -> list[Tensor]:
+    """What the calls return before anything is quantised. Raises ValueError where that is not finite."""
+    latents = [call(model) for call in calls]
+    if not all(bool(latent.isfinite().all()) for latent in latents):
+        raise ValueError("the float network gives latents that are not finite: check the checkpoint and the prompts")
+    return latents
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Every linear that calibration looks at, in the order of the model's sites."""
     return [f"{block_name}.{name}" for block_name, _, site in model_sites(model) for name in site.linears]
@@ -36,18 +45,21 @@ def layer_sensitivity(model: nn.Module, calls: Sequence[ForwardCall], scheme: st
     when this returns.
 
     Raises:
-        ValueError: no calls, or a model that is quantised already.
+        ValueError: no calls, a model that is quantised already, or latents that are not finite, in float or with one linear
+            quantised.
     """
     if not calls:
         raise ValueError("calls is empty: sensitivity is measured on the latents of at least one call")
     for _, block, _ in model_sites(model):
         block_linears(block)  # refuses what is quantised already
-    references = [call(model) for call in calls]
+    references = float_latents(model, calls)
     errors: dict[str, float] = {}
     for name in linear_names(model):
         with _quantised(model, name, scheme):
             found = [latent_error(call(model), reference) for call, reference in zip(calls, references)]
         errors[name] = sum(found) / len(found)
+        if not math.isfinite(errors[name]):
+            raise ValueError(f"{name}: latents are not finite when it alone is in {scheme}: check its weights")
     return errors
 
 
