@@ -136,17 +136,31 @@ def test_evaluation_json_has_no_nan(tmp_path: Path) -> None:
     assert row["psnr"] is None
 
 
-def test_layers_may_be_a_list_or_a_mapping() -> None:
-    entry = {"scheme": "int8_channel", "sqnr_db": 30.0}
-    listed = quantized_layers({"layers": [{"name": "blocks.2.ffn.0", **entry}]})
-    mapped = quantized_layers({"layers": {"blocks.2.ffn.0": entry}})
-    assert [item[:2] for item in listed] == [item[:2] for item in mapped] == [(2, "ffn.0")]
+def test_both_experts_of_a_pair_are_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "pair", prompts=1, steps=4)
+    path = folder / "quantize" / "report.json"
+    one = json.loads(path.read_text())
+    low = {
+        "layers": [{**layer, "scheme": "float", "kept_float": "asked"} for layer in one["layers"]],
+        "latent_error": 0.5,
+    }
+    path.write_text(json.dumps({"high": one, "low": low, "latent_errors": [0.04], "latent_error": 0.04}))
+    text = write_report(folder).read_text()
+    section = text.partition("<h2>Quantization</h2>")[2].partition("<h2>")[0]
+    high, _, low_part = section.partition("<h3>low-noise expert</h3>")
+    assert "<h3>high-noise expert</h3>" in high
+    assert "40 linears" in high
+    assert "left unquantized" not in high
+    assert "40 left unquantized" in low_part
+    assert "both together: latents on held-out prompts differ from the unquantized ones by 4.00%" in section
+    assert "2.10%" in high
+    assert "50.00%" in low_part
 
 
 def test_a_quantisation_for_a_time_says_what_was_foretold_and_where() -> None:
     entry = {"scheme": "int8_channel", "sqnr_db": 30.0}
     latency = {"target": 0.7, "predicted": 0.6936, "device": "a <fast> one", "dtype": "bfloat16"}
-    report = {"layers": {"blocks.2.ffn.0": entry}, "latency": latency}
+    report = {"layers": [{"name": "blocks.2.ffn.0", **entry}], "latency": latency}
     said = quantization_summary(report, quantized_layers(report))
     assert "0.694 of their time in bfloat16 (wanted 0.7) on a &lt;fast&gt; one" in said
     without = {**report, "latency": None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from typing import Any
 
@@ -17,8 +16,6 @@ TERMS = {
     "dmd": ("score (dmd)", "sla"),
     "critic": ("critic", "critic"),
 }
-UNQUANTIZED = ("bf16", "bfloat16", "float", "none", "kept")
-_LAYER = re.compile(r"(?:^|\.)(?:blocks|layers)\.(\d+)\.(.+)$")
 MEASURES = {
     "Accuracy": "Mean over prompts of the fraction of captioned attributes that the judge reads right from the pixels.",
     "Shuffled captions": "The same videos judged against other prompts’ captions: what guessing would score.",
@@ -52,9 +49,22 @@ def training(run: RunData) -> str:
 
 
 def quantization(run: RunData) -> str:
-    layers = quantized_layers(run.quantization)
-    if not layers:
+    networks = quantized_networks(run.quantization)
+    sections = [_quantized_network(expert, report) for expert, report in networks.items() if report.get("layers")]
+    if not sections:
         return ""
+    error = run.quantization.get("latent_error")
+    together = f"<p>both together: {_latents_differ(error)}.</p>" if len(networks) > 1 and is_number(error) else ""
+    return f"<h2>Quantization</h2>{together}{''.join(sections)}"
+
+
+def quantized_networks(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{expert: its report}, or {"": the report} of a network that is alone."""
+    return {name: part for name, part in report.items() if isinstance(part, dict) and "layers" in part} or {"": report}
+
+
+def _quantized_network(expert: str, report: dict[str, Any]) -> str:
+    layers = quantized_layers(report)
     kinds = list(dict.fromkeys(kind for _, kind, _ in layers))
     blocks = sorted({block for block, _, _ in layers})
     measured = [(block, kind, entry["sqnr_db"]) for block, kind, entry in layers if is_number(entry["sqnr_db"])]
@@ -72,8 +82,9 @@ def quantization(run: RunData) -> str:
         for _, _, entry in layers
     ]
     every = table(["Layer", "Scheme", "SmoothQuant α", "SQNR, dB"], lines, left=[1])
+    heading = f"<h3>{esc(expert)}-noise expert</h3>" if expert else ""
     return (
-        f"<h2>Quantization</h2><p>{quantization_summary(run.quantization, layers)}</p>"
+        f"{heading}<p>{quantization_summary(report, layers)}</p>"
         f'<figure class="medium">{chart}<figcaption><b>Output signal to quantization noise,</b> one dot a layer, by kind of '
         f"linear. Higher is better.{hollow}</figcaption></figure><details><summary>Every layer</summary>{every}</details>"
     )
@@ -82,7 +93,7 @@ def quantization(run: RunData) -> str:
 def quantization_summary(report: dict[str, Any], layers: list[tuple[int, str, dict[str, Any]]]) -> str:
     """One sentence: how many layers, how good, how many left alone, what it does to latents."""
     sqnrs = [entry["sqnr_db"] for _, _, entry in layers if is_number(entry["sqnr_db"])]
-    kept = sum(str(entry.get("scheme", "")).lower().startswith(UNQUANTIZED) for _, _, entry in layers)
+    kept = sum(entry.get("kept_float") is not None for _, _, entry in layers)
     parts = [f"{len(layers)} linears"]
     if sqnrs:
         parts.append(f"SQNR {statistics.median(sqnrs):.1f} dB in the median, {min(sqnrs):.1f} dB at the lowest")
@@ -94,25 +105,21 @@ def quantization_summary(report: dict[str, Any], layers: list[tuple[int, str, di
             f"the linears foretold to take {latency['predicted']:.3f} of their time in "
             f"{esc(latency.get('dtype', 'float'))} (wanted {latency['target']:g}) on {esc(latency.get('device', ''))}"
         )
-    error = next(
-        (report[name] for name in ("latent_error", "latent_relative_error") if is_number(report.get(name))), None
-    )
-    if error is not None:
-        parts.append(f"latents on held-out prompts differ from the unquantized model’s by {100 * error:.2f}%")
+    if is_number(report.get("latent_error")):
+        parts.append(_latents_differ(report["latent_error"]))
     return "; ".join(parts) + "."
 
 
+def _latents_differ(error: float) -> str:
+    return f"latents on held-out prompts differ from the unquantized ones by {100 * error:.2f}%"
+
+
 def quantized_layers(report: dict[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
-    """(block, kind, entry) of every layer; `layers` may be a list of entries or a mapping by name."""
-    layers = report.get("layers") or []
-    entries = [{"name": name, **entry} for name, entry in layers.items()] if isinstance(layers, dict) else list(layers)
+    """(block, kind, entry) of every layer."""
     found: list[tuple[int, str, dict[str, Any]]] = []
-    for entry in entries:
-        name = str(entry.get("name") or entry.get("layer") or "")
-        match = _LAYER.search(name)
-        block, kind = (int(match.group(1)), match.group(2)) if match else (0, name)
-        sqnr = entry.get("sqnr_db", entry.get("sqnr"))
-        found.append((block, kind.replace("_attn", ""), {**entry, "name": name, "sqnr_db": sqnr}))
+    for entry in report["layers"]:
+        _, block, kind = entry["name"].split(".", 2)  # blocks.3.self_attn.q
+        found.append((int(block), kind.replace("_attn", ""), entry))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 # (model, sampler) -> (name, colour class, dashed line)
 FAMILIES: dict[tuple[str, str], tuple[str, str, bool]] = {
@@ -78,7 +78,7 @@ def number(value: Any, digits: int) -> str:
 
 
 def percent(value: float | None) -> str:
-    return f"{100 * value:.0f}%" if is_number(value) and value is not None else ""
+    return f"{100 * value:.0f}%" if is_number(value) else ""
 
 
 def percent_interval(interval: Sequence[float | None] | None) -> str:
@@ -113,5 +113,5 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -68,7 +68,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {"layers": value}
+    return value if isinstance(value, dict) else {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
