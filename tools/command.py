@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from turbotrain.compose import UsageError
+
 DONE, FAILED, USAGE = 0, 1, 2
 
 
@@ -20,13 +22,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """The command's exit status; its errors become one line on stderr (`options.debug`: with the traceback)."""
+    """The command's exit status; its errors become one line on stderr, usage or not (`options.debug`: with the traceback)."""
     try:
         return command(options)
     except KeyboardInterrupt:
-        print("interrupted: nothing was changed", file=sys.stderr)
+        print("interrupted: no file is half written", file=sys.stderr)
     except (ValueError, OSError) as error:
         if options.debug:
             traceback.print_exc()
-        print(f"failed: {' '.join(str(error).split())}", file=sys.stderr)
+        kind, status = ("usage", USAGE) if isinstance(error, UsageError) else ("failed", FAILED)
+        print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+        return status
     return FAILED

@@ -58,6 +58,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "run" and options.per_gpu < 1:
         parser.error(f"--per-gpu {options.per_gpu}: at least 1")
+    if options.command == "run" and options.gpus and not all(options.gpus.split(",")):
+        parser.error(f"--gpus {options.gpus}: names with a comma between, for example 0,1")
     if options.command in ("run", "latency") and not options.minutes >= 0:
         parser.error(f"--minutes {options.minutes:g}: not negative")
     return options
@@ -146,10 +148,12 @@ def _latency(options: argparse.Namespace) -> int:
     if options.model not in VARIANTS:
         raise UsageError(f"--model {options.model}: choose one of {', '.join(VARIANTS)}")
     variant = VARIANTS[options.model]
-    frames = options.frames or variant.frames
+    frames = variant.frames if options.frames is None else options.frames
     height, width = video_size(variant, options.resolution)
     said = ("model", "resolution", "frames")
-    shown = [part for name in said if (value := getattr(options, name)) for part in (f"--{name}", str(value))]
+    shown = [
+        part for name in said if (value := getattr(options, name)) is not None for part in (f"--{name}", str(value))
+    ]
     about = {
         "command": shlex.join(
             ["python", "tools/evidence.py", "latency", str(options.matrix), *shown, "--json", "FILE"]

@@ -18,7 +18,6 @@ from command import DONE, FAILED, Parser, run
 from rich.console import Console
 from rich.table import Table
 
-from turbotrain.compose import UsageError
 from turbotrain.infer_config import SAMPLINGS, SCHEMES
 from turbotrain.infer_plan import gpu_of, memory_bytes, tile_pixels
 from turbotrain.model.attention_config import KINDS, AttentionConfig
@@ -82,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.bytes, options.host = memory_bytes(options.memory), memory_bytes(options.host_memory)
         options.tile = tile_pixels(options.vae_tiling)
         options.gpus = [find_gpu(name) for name in options.gpu or ()]
-    except (UsageError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
     return options
 

@@ -163,5 +163,7 @@ def test_the_command_writes_what_the_page_reads(
     assert set(read_latencies(path).seconds) == set(document["forms"])
     assert tool.main([*call, "--model", "shapes", "--minutes", "1e-6"]) == 1
     assert "not timed: dense" in capsys.readouterr().err
-    assert tool.main([*call, "--model", "wan9"]) == 1
-    assert "--model wan9: choose one of" in capsys.readouterr().err
+    assert tool.main([*call, "--model", "wan9"]) == 2
+    assert "usage: --model wan9: choose one of" in capsys.readouterr().err
+    assert tool.main([*call[:2], "--frames", "0", *call[4:], "--model", "shapes"]) != 0
+    assert "frames" in capsys.readouterr().err

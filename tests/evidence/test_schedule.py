@@ -183,6 +183,19 @@ def test_the_tool_is_done_when_what_was_asked_for_is_there(
         assert tool.main(asked) == status
 
 
+def test_what_cannot_be_run_is_a_usage_error(
+    tool: ModuleType, matrix_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["run", str(matrix_file), "-o", str(tmp_path / "run")]
+    assert tool.main([*asked, "--teacher", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("usage: --teacher ")
+    for gpus in ("0,", "0,,1", ","):
+        with pytest.raises(SystemExit) as ended:
+            tool.main([*asked, "--gpus", gpus])
+        assert ended.value.code == 2
+        assert f"--gpus {gpus}: " in capsys.readouterr().err
+
+
 def test_what_came_of_other_settings_is_not_gone_on_with(matrix_file: Path, tmp_path: Path) -> None:
     folders = Folders(tmp_path / "run", load_matrix(matrix_file))
     folders.root.mkdir()
