@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-_RANGE = 255.0
-_WINDOW, _SIGMA = 11, 1.5
+RANGE = 255.0
+WINDOW, SIGMA = 11, 1.5
 
 
 def psnr(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
     """Peak signal-to-noise ratio over the whole clip in dB; infinite for identical clips."""
     _check_pair(a_THWC, b_THWC)
     error = float(np.mean((a_THWC.astype(np.float64) - b_THWC.astype(np.float64)) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(_RANGE**2 / error)
+    return math.inf if error == 0 else 10 * math.log10(RANGE**2 / error)
 
 
 def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
@@ -31,14 +31,13 @@ def ssim(a_THWC: np.ndarray, b_THWC: np.ndarray) -> float:
         ValueError: shapes differ, or frames are smaller than the window of 11 pixels.
     """
     _check_pair(a_THWC, b_THWC)
-    if min(a_THWC.shape[1:3]) < _WINDOW:
-        raise ValueError(f"frames of {a_THWC.shape[1]}x{a_THWC.shape[2]}: SSIM needs at least {_WINDOW} pixels a side")
-    c1, c2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
+    if min(a_THWC.shape[1:3]) < WINDOW:
+        raise ValueError(f"frames of {a_THWC.shape[1]}x{a_THWC.shape[2]}: SSIM needs at least {WINDOW} pixels a side")
+    c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
     windows = _window_matrix(a_THWC.shape[1]), _window_matrix(a_THWC.shape[2])
     total = 0.0
-    for a_HWC, b_HWC in zip(
-        a_THWC, b_THWC
-    ):  # frame by frame: five float64 planes of one frame are all that lives at a time
+    # Frame by frame: five float64 planes of one frame are all that lives at a time.
+    for a_HWC, b_HWC in zip(a_THWC, b_THWC):
         a, b = a_HWC.astype(np.float64), b_HWC.astype(np.float64)
         mean_a, mean_b = _blur(a, *windows), _blur(b, *windows)
         var_a, var_b = _blur(a * a, *windows) - mean_a**2, _blur(b * b, *windows) - mean_b**2
@@ -94,10 +93,14 @@ def jackknife_interval(
     if count < 2:
         return math.nan, math.nan
     whole = list(items)
-    left_out = np.asarray([statistic(whole[:i] + whole[i + 1 :]) for i in range(count)])
-    error = math.sqrt((count - 1) * float(np.var(left_out)))
+    reach = jackknife_reach([statistic(whole[:i] + whole[i + 1 :]) for i in range(count)])
     estimate = statistic(whole)
-    return max(limits[0], estimate - 1.96 * error), min(limits[1], estimate + 1.96 * error)
+    return max(limits[0], estimate - reach), min(limits[1], estimate + reach)
+
+
+def jackknife_reach(left_out: Sequence[float] | np.ndarray) -> float:
+    """How far a 95% interval reaches to either side, given a statistic's leave-one-out values: 1.96 standard errors."""
+    return 1.96 * math.sqrt((len(left_out) - 1) * float(np.var(left_out)))
 
 
 def gap_closed(value: float, baseline: float, teacher: float) -> float:
@@ -112,11 +115,11 @@ def _blur(plane_HWC: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.nd
 
 def _window_matrix(size: int) -> np.ndarray:
     """(size - 10, size): row i weighs positions i to i + 10."""
-    offsets = np.arange(_WINDOW) - _WINDOW // 2
-    window = np.exp(-(offsets**2) / (2 * _SIGMA**2))
-    matrix = np.zeros((size - _WINDOW + 1, size))
+    offsets = np.arange(WINDOW) - WINDOW // 2
+    window = np.exp(-(offsets**2) / (2 * SIGMA**2))
+    matrix = np.zeros((size - WINDOW + 1, size))
     for row in range(len(matrix)):
-        matrix[row, row : row + _WINDOW] = window / window.sum()
+        matrix[row, row : row + WINDOW] = window / window.sum()
     return matrix
 
 

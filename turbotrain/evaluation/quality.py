@@ -20,6 +20,7 @@ from torch import Tensor
 
 from turbotrain.data.shapes import GRID
 from turbotrain.evaluation.frechet import gaussian, gaussian_distance
+from turbotrain.evaluation.metrics import RANGE, SIGMA, WINDOW, jackknife_reach
 from turbotrain.evaluation.readings import NAMES, Judgements
 
 RESAMPLES, GROUPS = 1000, 16
@@ -169,10 +170,10 @@ def _cell_counts(cell_NS: np.ndarray, seeds: int) -> np.ndarray:
 def _jackknifed(
     counts_PC: np.ndarray, statistic: Callable[[np.ndarray], float], limits: tuple[float, float]
 ) -> Estimate:
-    """Leave-one-prompt-out: estimate +- 1.96 standard errors, cut off where the statistic ends."""
+    """Leave-one-prompt-out, cut off where the statistic ends."""
     value, left_out_P = _left_out_counts(counts_PC, statistic)
-    error = 1.96 * np.sqrt((len(counts_PC) - 1) * np.var(left_out_P))
-    return Estimate(value, max(limits[0], value - error), min(limits[1], value + error))
+    reach = jackknife_reach(left_out_P)
+    return Estimate(value, max(limits[0], value - reach), min(limits[1], value + reach))
 
 
 def _start_distances(judged: Judgements, seeds: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,27 +198,25 @@ def _frechet(features_ND: np.ndarray, real_ND: np.ndarray, seeds: int) -> Estima
     if len(features_ND) - len(features_ND) // groups < 2:
         return Estimate(value, np.nan, np.nan)
     left_out = [gaussian_distance(*gaussian(features_ND[prompt_N % groups != group]), *real) for group in range(groups)]
-    error = 1.96 * np.sqrt((groups - 1) * np.var(left_out))
-    return Estimate(value, max(0.0, value - error), value + error)
+    reach = jackknife_reach(left_out)
+    return Estimate(value, max(0.0, value - reach), value + reach)
 
 
 # ---- likeness to other clips of the same noise ---------------------------------------------------------------------
-
-_RANGE, _WINDOW, _SIGMA = 255.0, 11, 1.5
 
 
 @torch.no_grad()
 def clip_psnr(a_BTHWC: Tensor, b_BTHWC: Tensor) -> Tensor:
     """`metrics.psnr` of each pair of clips (B,), at most 100 dB: identical clips would make every mean infinite."""
     error_B = (a_BTHWC.float() - b_BTHWC.float()).square().mean((1, 2, 3, 4))
-    return (20 * np.log10(_RANGE) - 10 * error_B.log10()).clamp_max(100.0)
+    return (20 * np.log10(RANGE) - 10 * error_B.log10()).clamp_max(100.0)
 
 
 @torch.no_grad()
 def clip_ssim(a_BTHWC: Tensor, b_BTHWC: Tensor) -> Tensor:
     """`metrics.ssim` of each pair of clips (B,)."""
-    offsets = torch.arange(_WINDOW, dtype=torch.float32, device=a_BTHWC.device) - _WINDOW // 2
-    window = (-(offsets**2) / (2 * _SIGMA**2)).exp()
+    offsets = torch.arange(WINDOW, dtype=torch.float32, device=a_BTHWC.device) - WINDOW // 2
+    window = (-(offsets**2) / (2 * SIGMA**2)).exp()
     window = (window / window.sum()).expand(3, 1, 1, -1)
 
     def blur(plane_NCHW: Tensor) -> Tensor:
@@ -225,12 +224,12 @@ def clip_ssim(a_BTHWC: Tensor, b_BTHWC: Tensor) -> Tensor:
 
     clips, frames = a_BTHWC.shape[:2]
     # Around the middle of the range, where float32 resolves the variances' differences of squares.
-    a, b = (clip.flatten(0, 1).permute(0, 3, 1, 2).float() - _RANGE / 2 for clip in (a_BTHWC, b_BTHWC))
+    a, b = (clip.flatten(0, 1).permute(0, 3, 1, 2).float() - RANGE / 2 for clip in (a_BTHWC, b_BTHWC))
     with torch.backends.cudnn.flags(allow_tf32=False):
         mean_a, mean_b = blur(a), blur(b)
         var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
         covariance = blur(a * b) - mean_a * mean_b
-    mean_a, mean_b = mean_a + _RANGE / 2, mean_b + _RANGE / 2
-    c1, c2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
+    mean_a, mean_b = mean_a + RANGE / 2, mean_b + RANGE / 2
+    c1, c2 = (0.01 * RANGE) ** 2, (0.03 * RANGE) ** 2
     score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return score.mean((1, 2, 3)).view(clips, frames).mean(1)

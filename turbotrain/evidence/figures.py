@@ -150,21 +150,26 @@ def _by_topk(label: str, css: str, found: Sequence[Mapping[str, Any]]) -> Series
 
 
 def _sqnr(rows: Rows) -> str:
-    layers = rows.get(("turbo", "int8_4"), {}).get("facts", {}).get("sqnr_db") or {}
+    layers = _fact(rows, ("turbo", "int8_4"), "sqnr_db")
     smoothed = {name: values[0] for name, values in layers.items()}
     return _by_layer(smoothed, "dB", {name: values[1] for name, values in layers.items()})
 
 
 def _outliers(rows: Rows) -> str:
-    largest = rows.get(("turbo", "int8_4"), {}).get("facts", {}).get("input_absmax") or {}
-    return _by_layer(
-        {name: math.log10(value) for name, value in largest.items() if value > 0}, "log10 of the largest input"
-    )
+    return _by_layer(_log10(_fact(rows, ("turbo", "int8_4"), "input_absmax")), "log10 of the largest input")
 
 
 def _sensitivity(rows: Rows) -> str:
-    errors = rows.get(("schemes", "int8_mixed"), {}).get("facts", {}).get("sensitivity") or {}
-    return _by_layer({name: math.log10(value) for name, value in errors.items() if value > 0}, "log10 of the error")
+    return _by_layer(_log10(_fact(rows, ("schemes", "int8_mixed"), "sensitivity")), "log10 of the error")
+
+
+def _fact(rows: Rows, key: Key, name: str) -> Mapping[str, Any]:
+    """What a row's network told of itself; {} where it told nothing."""
+    return rows.get(key, {}).get("facts", {}).get(name) or {}
+
+
+def _log10(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: math.log10(value) for name, value in values.items() if value > 0}
 
 
 def _by_layer(values: Mapping[str, float], unit: str, before: Mapping[str, float] | None = None) -> str:
@@ -180,7 +185,7 @@ def _by_layer(values: Mapping[str, float], unit: str, before: Mapping[str, float
 
 
 def _mass(rows: Rows) -> str:
-    mass = rows.get(("untuned", "topk100"), {}).get("facts", {}).get("attention_mass")
+    mass = _fact(rows, ("untuned", "topk100"), "attention_mass")
     if not mass:
         return ""
     shades = ("teacher", "sla", "rcm", "turbo", "merge", "critic")

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from turbotrain.evaluation.video import filmstrip
+
 SHOWN = 6  # frames of a clip, evenly spaced
 
 
 def filmstrips(frames_BTHWC: Tensor) -> list[str]:
     """Of every clip, uint8 (B, T, H, W, 3), `SHOWN` frames side by side: a WebP image of some 3 kB, in base64."""
-    at = np.linspace(0, frames_BTHWC.shape[1] - 1, SHOWN).round().astype(int)
-    strips = [np.concatenate(list(clip_THWC[at]), axis=1) for clip_THWC in frames_BTHWC.cpu().numpy()]
+    strips = [filmstrip(clip_THWC, SHOWN, gap=0) for clip_THWC in frames_BTHWC.cpu().numpy()]
     return [base64.b64encode(_webp(strip_HWC)).decode() for strip_HWC in strips]
 
 

@@ -95,11 +95,8 @@ class _TrainedAttention:
         from turbotrain.stages.artifacts import attention_config  # torch and all: the page needs none of it
 
         if groups not in self._composed:
-            given = [
-                f"stages=[{stage}]",
-                "data.kind=shards",
-                "data.path=unread",
-            ]  # what else it trains from does not matter
+            # What else it trains from does not matter.
+            given = [f"stages=[{stage}]", "data.kind=shards", "data.path=unread"]
             config = load_config([f"recipe={self._matrix.recipe}", *given, *self._matrix.common, *groups])
             self._composed[groups] = attention_config(config)
         return self._composed[groups]

@@ -63,8 +63,8 @@ def measure_forms(
     bench = _Bench(variant, latent_shape, device, repeats, warmup)
     document = bench.describe()
     # Whole samplings of the form that everything is compared with, and of the first that has it all.
-    sampled = {"turbo": next((form for form in forms if form.scheme and form.attention.is_sparse), forms[-1])}
-    sampled = {TEACHER: forms[0], **sampled}
+    everything = next((form for form in forms if form.scheme and form.attention.is_sparse), forms[-1])
+    sampled = {TEACHER: forms[0], "turbo": everything}
     document["left"] = [form.name for form in forms]
     for form in forms:
         if minutes and time.monotonic() - began > 60 * minutes:
@@ -73,8 +73,9 @@ def measure_forms(
         document["forms"][form.name] = row
         try:
             row.update(bench.time_pass(form))
-            for mode in (mode for mode, one in sampled.items() if one == form):
-                document["samplings"].append({"form": form.name, **bench.time_sampling(mode, row["median_s"])})
+            for mode, one in sampled.items():
+                if one == form:
+                    document["samplings"].append({"form": form.name, **bench.time_sampling(mode, row["median_s"])})
         except Exception as error:  # one form that cannot run here must not cost the others
             row["error"] = " ".join(f"{type(error).__name__}: {error}".split())
         document["left"].remove(form.name)
