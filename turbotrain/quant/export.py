@@ -64,12 +64,6 @@ class QuantizationReport:
         """Mean relative error over the held-out calls; None without any."""
         return statistics.fmean(self.latent_errors) if self.latent_errors else None
 
-    @property
-    def median_latent_error(self) -> float | None:
-        """Of the held-out calls; None without any. A distilled student is not continuous: one sample that falls another way can
-        make most of the mean."""
-        return statistics.median(self.latent_errors) if self.latent_errors else None
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, for report.json: {"scheme", "layers": [...], "latent_errors": [...], "latent_error",
         "latent_sqnr_db", "sensitivity", "finetune", "latency"}; latency: None, or `LatencyReport.to_dict`.
@@ -182,23 +176,29 @@ def quantize_transformer(
     def left() -> list[float]:
         return [latent_error(call(model), reference) for call, reference in zip(held_out, references)]
 
-    before = left()
-    if finetune is None or folded is None:
-        return QuantizationReport(scheme, plan.layers, before, errors, latency=latency)
-    untuned = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(finetune_quantised(folded, model, passes, finetune, seed))
-    after = left()
-    medians = [statistics.median(found) if all(map(math.isfinite, found)) else math.nan for found in (before, after)]
-    kept = medians[1] < medians[0]  # false for NaN as well
-    if not kept:
-        model.load_state_dict(untuned)
-    said = {
+    found, said = left(), None
+    if finetune is not None and folded is not None:
+        untuned = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(finetune_quantised(folded, model, passes, finetune, seed))
+        tuned = left()
+        said = _tuning(finetune, len(passes), found, tuned)
+        if said["kept"]:
+            found = tuned
+        else:
+            model.load_state_dict(untuned)
+    return QuantizationReport(scheme, plan.layers, found, errors, said, latency)
+
+
+def _tuning(finetune: Finetune, passes: int, before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """`QuantizationReport.finetune`. A distilled student is not continuous: one sample that falls another way can make most of a
+    mean, so medians decide."""
+    medians = [statistics.median(found) if all(map(math.isfinite, found)) else None for found in (before, after)]
+    return {
         "steps": finetune.steps,
         "lr": finetune.lr,
         "batch_size": finetune.batch_size,
-        "passes": len(passes),
+        "passes": passes,
         "latent_error_before": medians[0],
-        "latent_error_after": medians[1] if math.isfinite(medians[1]) else None,
-        "kept": kept,
+        "latent_error_after": medians[1],
+        "kept": medians[1] is not None and (medians[0] is None or medians[1] < medians[0]),
     }
-    return QuantizationReport(scheme, plan.layers, after if kept else before, errors, said, latency)

@@ -110,11 +110,10 @@ def latency_line(expert: str, report: QuantizationReport) -> str:
 
 def tuning_line(expert: str, said: dict[str, Any]) -> str:
     name = f"{expert}-noise expert: fine-tuning" if expert else "fine-tuning"
-    after = said["latent_error_after"]
-    change = f"median latent error {said['latent_error_before']:.5f} -> {'not finite' if after is None else format(after, '.5f')}"
-    return (
-        f"{name}, {said['steps']} steps: {change}; {'kept' if said['kept'] else 'NOT kept: the untuned weights stay'}"
-    )
+    errors = (said["latent_error_before"], said["latent_error_after"])
+    before, after = ("not finite" if error is None else f"{error:.5f}" for error in errors)
+    outcome = "kept" if said["kept"] else "NOT kept: the untuned weights stay"
+    return f"{name}, {said['steps']} steps: median latent error {before} -> {after}; {outcome}"
 
 
 def _summary(reports: dict[str, QuantizationReport], errors: list[float]) -> dict[str, Any]:
