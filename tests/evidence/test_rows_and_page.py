@@ -325,6 +325,17 @@ def test_claims_hold_fail_or_stay_open() -> None:
     assert judge_claim(claim, {}) is None
 
 
+def test_rows_of_several_machines_are_said_to_be(matrix_file: Path, tmp_path: Path) -> None:
+    folders = Folders(tmp_path / "run", load_matrix(matrix_file))
+    for (cell, row), device in zip(folders.matrix.rows, ("NVIDIA H200", "NVIDIA A100", "NVIDIA H200")):
+        path = folders.result(cell, row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"row": row.name, "environment": {"device": device, "cores": 4, "torch": "2.11.0"}})
+    document = collect(folders)
+    assert document["environment"] == {"device": "NVIDIA H200, NVIDIA A100", "cores": 4, "torch": "2.11.0"}
+    assert all("environment" not in row for row in document["rows"])
+
+
 def test_results_without_rows_are_a_file_too(tmp_path: Path) -> None:
     document = {**invented.results(), "rows": []}
     write_results(tmp_path / "results.json", document)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,21 @@ def collect(folders: Folders) -> dict[str, Any]:
         "seeds": matrix.seeds,
         "real": matrix.real,
         "planned_rows": len(matrix.rows),
-        "environment": environments[0] if environments else {},
+        "environment": _together(environments),
         "base": {name: facts for name, facts in base.items() if facts},
         "training": {name: facts for name, facts in training.items() if facts},
         "rows": rows,
     }
+
+
+def _together(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all rows were measured on; of what is not the same for all, every value, with commas between."""
+    found: dict[str, list[Any]] = {}
+    for environment in environments:
+        for name, value in environment.items():
+            if value not in (values := found.setdefault(name, [])):
+                values.append(value)
+    return {name: values[0] if len(values) == 1 else ", ".join(map(str, values)) for name, values in found.items()}
 
 
 def write_results(path: Path, document: dict[str, Any]) -> None:
