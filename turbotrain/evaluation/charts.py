@@ -95,12 +95,8 @@ def steps_chart(
     spread = 0.045
     for index, one in enumerate(series):
         shift = (index - (len(series) - 1) / 2) * spread  # whiskers side by side, not on top of one another
-        drawn, points = _marks(frame, one, [frame.x(rank[x] + shift) for x in one.xs])
-        parts += drawn
-        if points:
-            labels.append((points[-1][1], one.name, f"s-{one.css}"))
-    for y, name, css in _spread_labels(labels, frame.top + 4, frame.height - frame.bottom):
-        parts.append(_text(frame.width - frame.right + 8, y + 4, name, "start", f"label {css}"))
+        parts += _marks(frame, one, [frame.x(rank[x] + shift) for x in one.xs], labels)
+    parts += _names(frame, labels)
     return _svg(frame.width, frame.height, parts, f"{y_label} by number of sampling steps")
 
 
@@ -135,17 +131,13 @@ def scatter_chart(
         parts.append(_horizontal(frame, frame.y(reference[1]), "reference"))
         labels.append((frame.y(reference[1]), reference[0], "muted"))
     for one in series:
-        drawn, points = _marks(frame, one, [frame.x(math.log10(x)) for x in one.xs])
-        parts += drawn
-        if points:
-            labels.append((points[-1][1], one.name, f"s-{one.css}"))
-    for y, name, css in _spread_labels(labels, frame.top + 4, frame.height - frame.bottom):
-        parts.append(_text(frame.width - frame.right + 8, y + 4, name, "start", f"label {css}"))
+        parts += _marks(frame, one, [frame.x(math.log10(x)) for x in one.xs], labels)
+    parts += _names(frame, labels)
     return _svg(frame.width, frame.height, parts, f"{y_label} by {x_label}")
 
 
-def _marks(frame: _Frame, one: Series, at: Sequence[float]) -> tuple[list[str], list[tuple[float, float]]]:
-    """A series as whiskers, line and dots, and where its dots are from left to right; at: the abscissas of its points."""
+def _marks(frame: _Frame, one: Series, at: Sequence[float], labels: list[tuple[float, str, str]]) -> list[str]:
+    """A series as whiskers, line and dots; its name is added to `labels` beside its last dot. at: the abscissas of its points."""
     parts = []
     for x, interval in zip(at, one.intervals):
         if interval is not None:
@@ -158,7 +150,15 @@ def _marks(frame: _Frame, one: Series, at: Sequence[float]) -> tuple[list[str], 
     for x, y, value in points:
         tip = f"<title>{_escape(one.name)}: {value:.3f}</title>"
         parts.append(f'<circle class="dot s-{one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
-    return parts, [(x, y) for x, y, _ in points]
+    if points:
+        labels.append((points[-1][1], one.name, f"s-{one.css}"))
+    return parts
+
+
+def _names(frame: _Frame, labels: Sequence[tuple[float, str, str]]) -> list[str]:
+    """Labels (ordinate, text, class) to the right of the plot."""
+    spread = _spread_labels(labels, frame.top + 4, frame.height - frame.bottom)
+    return [_text(frame.width - frame.right + 8, y + 4, name, "start", f"label {css}") for y, name, css in spread]
 
 
 def standalone(svg: str, css: str) -> str:
