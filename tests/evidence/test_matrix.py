@@ -54,6 +54,11 @@ def test_passes_through_the_network() -> None:
         ("{s1: {steps: 1}}}", "{s1: 1}}", "cells.copy.rows.s1=1: expected a mapping"),
         ("{scheme: int8_channel}", "{finetune: many}", "quantize.finetune='many': a number of steps"),
         ("{scheme: int8_channel}", "{finetune: 2, weights_only: true}", "finetune=2: goes without weights_only"),
+        (
+            "{scheme: int8_channel}",
+            "{target_error: 0.1, weights_only: true}",
+            "target_error=0.1: goes without weights_only",
+        ),
         ("{scheme: int8_channel}", "{finetune: 2}, attention: {kind: sage_sla}", "finetune=2: sage_sla .* no gradient"),
         ("{steps: 4, quantize", "{quantize", "int8_4: .*steps"),
         ("prompts: 2", "prompts: 1", "prompts=1: must be at least 2"),

@@ -262,7 +262,8 @@ def _check_quantize(where: str, row: Row) -> None:
     steps = row.quantize.get("finetune", 0)
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise UsageError(f"{where}.finetune={steps!r}: a number of steps, or 0 for none")
-    if steps and row.quantize.get("weights_only"):
-        raise UsageError(f"{where}.finetune={steps}: goes without weights_only, which rounds and nothing more")
+    for name, value in (("target_error", target), ("finetune", steps)):
+        if value and row.quantize.get("weights_only"):
+            raise UsageError(f"{where}.{name}={value}: goes without weights_only, which rounds and nothing more")
     if steps and row.attention.get("kind") == "sage_sla":
         raise UsageError(f"{where}.finetune={steps}: sage_sla attention has no gradient; take kind: sla")

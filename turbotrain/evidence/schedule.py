@@ -41,6 +41,8 @@ class Task:
 
 @dataclass
 class Outcome:
+    """Names of tasks; failed: {name: log}. left: what was ended early, or could not begin."""
+
     done: list[str] = field(default_factory=list)
     failed: dict[str, Path] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
