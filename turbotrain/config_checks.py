@@ -84,6 +84,7 @@ def _check_launch(config: Config) -> None:
     _choice("launch.engine", launch.engine, ENGINES)
     for name in ("keep_last", "micro_batches", "checkpoint_every", "context_parallel"):
         _at_least(f"launch.{name}", getattr(launch, name), 1)
+    _check_micro_batches(config)
     heads = VARIANTS[config.model.variant].config.num_heads
     if heads % launch.context_parallel:
         options = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
@@ -112,6 +113,16 @@ def _check_launch(config: Config) -> None:
     steps = config.logging.profile_steps
     if steps and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
         reject("logging.profile_steps", steps, "two step numbers [first, end), for example [10,13]")
+
+
+def _check_micro_batches(config: Config) -> None:
+    """What no number of processes can mend; the stages ask whether a share of theirs divides."""
+    parts = config.launch.micro_batches
+    for stage in ("teacher", "sla", "rcm"):
+        batch = getattr(config, stage).batch_size
+        if stage in config.stages and batch % parts:
+            nearest = max(1, batch // parts) * parts
+            reject(f"{stage}.batch_size", batch, f"must divide by launch.micro_batches={parts}; for example {nearest}")
 
 
 def _check_cuda_graph(config: Config) -> None:
