@@ -148,6 +148,15 @@ def _one_line(error: Exception, overrides: Sequence[str], known: Sequence[str]) 
         return f"{group}={choice!r}: unknown; choose one of {', '.join(options)}"
     if key and "not in" in text:
         return f"{key}: unknown key{_nearest(key, known)}"
+    if match := re.match(r"Ambiguous value for argument '([^=']+)=(.*?)' 1\. ", text):
+        return _wants_list(*match.groups())
     cause = text.split(" full_key:")[0]
     given = next((item for item in overrides if key and item.lstrip("+~").startswith(f"{key}=")), "")
+    if given and "is not a ListConfig" in cause:
+        return _wants_list(key, given.partition("=")[2])
     return f"{given or key or 'configuration'}: {cause}" if (given or key) else cause
+
+
+def _wants_list(key: str, value: str) -> str:
+    """Hydra's advice here is a sweep, which neither train.py nor infer.py makes."""
+    return f"{key}={value}: a list stands in brackets, with quotes for the shell: '{key}=[{value}]'"

@@ -60,6 +60,10 @@ BAD = [
     (["recipe=shapes", "name=a/b"], ["name", "a/b"]),
     (["recipe=shapes", "data.kind=shards"], ["data.path", "shards"]),
     (["recipe=shapes", "sla"], ["sla", "key=value"]),
+    (["recipe=shapes", "stages=sla"], ["'stages=[sla]'", "brackets"]),
+    (["recipe=shapes", "stages=sla,rcm"], ["'stages=[sla,rcm]'", "brackets"]),
+    (["recipe=shapes", "evaluate.turbo_steps=4"], ["'evaluate.turbo_steps=[4]'", "brackets"]),
+    (["recipe=shapes", "sla.batch_size=6", "launch.micro_batches=4"], ["sla.batch_size=6", "micro_batches=4", "4"]),
     *(
         (["recipe=shapes", "launch.cuda_graph=true", *given], ["launch.cuda_graph=True", remedy])
         for given, remedy in (
