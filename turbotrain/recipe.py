@@ -368,7 +368,7 @@ def _write_config(config: Config, root: Path) -> None:
 
 
 def _dry_run(config: Config, selected: list[str], show: Callable[[str], None] = print) -> None:
-    """What would run, on which inputs, with which network; nothing is written."""
+    """What would run, be skipped or be made again, on which inputs, with which network; nothing is written."""
     import torch
 
     from turbotrain.model.attention_config import AttentionConfig
@@ -386,11 +386,27 @@ def _dry_run(config: Config, selected: list[str], show: Callable[[str], None] = 
     tokens = (shape[1] // patch[0]) * (shape[2] // patch[1]) * (shape[3] // patch[2])
     parameters = sum(p.numel() for p in network.parameters())
     show(f"{config.name}: {variant.name}, {parameters / 1e6:.2f}M parameters, latent {shape}, {tokens} tokens")
+    anew: list[str] = []
     for stage in selected:
         found, missing = _locate(config, stage, selected)
+        state = _foretold(config, stage, found, anew)
         lines = [f"{role} <- {path}{_absence(config, path)}" for role, path in found.items()]
         lines += [f"{role} <- needs {_remedy(role)}" for role in missing]
-        show(f"  {stage}: " + (", ".join(lines) or "no inputs"))
+        show(f"  {stage}: {state}" + (", ".join(lines) or "no inputs"))
+
+
+def _foretold(config: Config, stage: str, inputs: Mapping[str, Path], anew: list[str]) -> str:
+    """What a run would do about a stage that has begun already, else nothing; `anew` gathers the stages that would run."""
+    folder = config.run_folder / stage
+    if status(folder) == "absent":
+        anew.append(stage)
+        return ""
+    plan = plan_stage(stage, folder, make_fingerprint(config, SPECS[stage].sections, inputs))
+    if plan.action != "skip":
+        anew.append(stage)
+        return f"[stale ({plan.reason}): runs again] " if plan.action == "stale" else "[was interrupted: continues] "
+    sources = [name for name in anew if any(config.run_folder / name in path.parents for path in inputs.values())]
+    return f"[done; runs again if another {' or '.join(sources)} comes out] " if sources else "[done: skipped] "
 
 
 def _absence(config: Config, path: Path) -> str:

@@ -47,3 +47,21 @@ def test_a_dry_run_still_refuses_a_bad_file(world: World, tmp_path: Path, capsys
     overrides = arguments(world, tmp_path / "out", "model=wan2.1_t2v_14b", f"model.teacher={world.teacher}")
     assert train_here(*overrides, "dry_run=true") in (1, 2)
     assert "variant=wan2.1_t2v_14b" in capsys.readouterr().err
+
+
+def test_the_plan_says_what_is_done_and_what_a_setting_makes_stale(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*overrides: str) -> list[str]:
+        assert train_here(*arguments(world, tmp_path, *overrides, "dry_run=true")) == 0
+        return capsys.readouterr().out.splitlines()[1:]
+
+    assert [line.split(": ")[1].startswith("[") for line in plan()] == [False, False]
+    assert train_here(*arguments(world, tmp_path, "stages=[sla]")) == 0
+    capsys.readouterr()
+    sla, rcm = plan()
+    assert sla.startswith("  sla: [done: skipped] ")
+    assert rcm.startswith("  rcm: teacher <- ")
+    sla, _ = plan("sla.optim.lr=3e-5")
+    assert sla.startswith("  sla: [stale (sla.optim.lr:")
+    assert "runs again] " in sla
