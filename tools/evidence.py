@@ -11,6 +11,7 @@ Exit status: 0 everything that was asked for is there, 1 something failed or is 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 from command import DONE, FAILED, Parser, run
 
 ROOT = Path(__file__).resolve().parents[1]
+_GPU = r"(\d+|(GPU|MIG)-[\w/-]+)"  # what CUDA_VISIBLE_DEVICES knows; it takes anything else for no GPU, and a CPU trains for days
+GPUS = rf"{_GPU}(,{_GPU})*"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,8 +61,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "run" and options.per_gpu < 1:
         parser.error(f"--per-gpu {options.per_gpu}: at least 1")
-    if options.command == "run" and options.gpus and not all(options.gpus.split(",")):
-        parser.error(f"--gpus {options.gpus}: names with a comma between, for example 0,1")
+    if options.command == "run" and options.gpus and not re.fullmatch(GPUS, options.gpus):
+        parser.error(f"--gpus {options.gpus}: numbers or UUIDs with commas between them, for example 0,1")
     if options.command in ("run", "latency") and not options.minutes >= 0:
         parser.error(f"--minutes {options.minutes:g}: not negative")
     return options

@@ -189,11 +189,23 @@ def test_what_cannot_be_run_is_a_usage_error(
     asked = ["run", str(matrix_file), "-o", str(tmp_path / "run")]
     assert tool.main([*asked, "--teacher", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("usage: --teacher ")
-    for gpus in ("0,", "0,,1", ","):
-        with pytest.raises(SystemExit) as ended:
-            tool.main([*asked, "--gpus", gpus])
-        assert ended.value.code == 2
-        assert f"--gpus {gpus}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpus", "known"),
+    [("0,1", True), ("GPU-8f0e,MIG-1/2/0", True), ("x", False), ("0,", False), ("0,,1", False), ("0 1", False)],
+)
+def test_gpus_that_cuda_would_overlook_are_refused(
+    tool: ModuleType, gpus: str, known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an unknown name CUDA shows no GPU, and every training would go to the CPU."""
+    if known:
+        assert tool.parse(["run", "matrix.yaml", "--gpus", gpus]).gpus == gpus
+        return
+    with pytest.raises(SystemExit) as left:
+        tool.parse(["run", "matrix.yaml", "--gpus", gpus])
+    assert left.value.code == 2
+    assert f"--gpus {gpus}: " in capsys.readouterr().err
 
 
 def test_what_came_of_other_settings_is_not_gone_on_with(matrix_file: Path, tmp_path: Path) -> None:
