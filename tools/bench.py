@@ -157,7 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     console = Console()
     if options.show:
-        print(markdown(json.loads(options.show.read_text())))
+        try:
+            print(markdown(json.loads(options.show.read_text())))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            print(f"failed: --show {options.show}: no result of this benchmark ({error!r})", file=sys.stderr)
+            return 1
         return 0
     if not torch.cuda.is_available():
         console.print("torch sees no CUDA device: there is nothing to time")

@@ -89,6 +89,15 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "no CUDA device" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", [None, "no JSON", "{}", "[]"])
+def test_what_is_no_result_is_not_shown(text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    if text is not None:
+        path.write_text(text)
+    assert bench.main(["--show", str(path)]) == 1
+    assert f"--show {path}: no result of this benchmark" in capsys.readouterr().err
+
+
 def test_on_a_cpu_calls_take_the_wall_clock() -> None:
     done: list[str] = []
 
