@@ -113,6 +113,16 @@ def test_places_without_a_checkpoint(tmp_path: Path) -> None:
         load_transformer(tmp_path / "none")
     with pytest.raises(CheckpointProblem, match="is it a checkpoint folder"):
         load_transformer(tmp_path)
+    for stage in ("data", "rcm", "sla"):
+        (tmp_path / "run" / stage / "checkpoint").mkdir(parents=True)
+    (tmp_path / "run" / "data" / "checkpoint" / "dataset.safetensors").touch()  # shards are no network
+    for stage in ("rcm", "sla"):
+        (tmp_path / "run" / stage / "checkpoint" / "model.safetensors").touch()
+    for meant, folders in {"run/rcm": ["rcm"], "run": ["rcm", "sla"], "run/data": []}.items():
+        with pytest.raises(CheckpointProblem, match="is it a checkpoint folder") as caught:
+            load_transformer(tmp_path / meant)
+        inner = " or ".join(str(tmp_path / "run" / stage / "checkpoint") for stage in folders)
+        assert str(caught.value).endswith(f"? Did you mean {inner}?" if inner else "checkpoint folder?")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(CheckpointProblem, match=r"'\.txt' is no weights file"):
         load_transformer(tmp_path / "notes.txt")

@@ -114,6 +114,9 @@ def find_weights(path: str | Path) -> list[Path]:
         return find_weights(path / "transformer")
     lone = [path / name for pair in EXPERT_FOLDERS[:2] for name in pair if (path / name).is_dir()]
     hint = f"; a two-expert checkpoint needs two folders, but there is only {lone[0].name}/" if lone else ""
+    # A run folder, or a stage's: the network lies further in.
+    inner = {file.parent for pattern in ("", "*/") for file in path.glob(f"{pattern}checkpoint/model*.safetensors")}
+    hint = f" Did you mean {' or '.join(str(folder) for folder in sorted(inner))}?" if inner else hint
     raise CheckpointProblem(f"{path}: no {', '.join(WEIGHT_SUFFIXES)} file inside; is it a checkpoint folder?{hint}")
 
 
