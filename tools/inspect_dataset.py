@@ -53,6 +53,8 @@ def _inspect(options: argparse.Namespace) -> int:
     # here: it imports torch, which a usage error should not wait for
     from turbotrain.data.inspect import inspect
 
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)  # first: looking at all samples takes a while
     report, dataset = inspect(options.folder, options.samples)
     print(f"{report.folder}: {report.samples} samples in {report.shards} shards, {report.nbytes / 1e9:.3g} GB")
     print(f"parts: {', '.join(report.parts)}")

@@ -239,7 +239,7 @@ def _lines(plan: Plan, gpu: Gpu) -> Iterator[str]:
 def _print_many(found: Sequence[tuple[Model, Gpu, Plan | DoesNotFit]]) -> None:
     table = Table()
     for name in ("model", "GPU", "weights", "peak", "time", "placement"):
-        table.add_column(name, justify="right" if name in ("peak", "time") else "left")
+        table.add_column(name, justify="right" if name in ("peak", "time") else "left", overflow="fold")
     for model, gpu, plan in found:
         if isinstance(plan, DoesNotFit):
             table.add_row(model.variant.name, gpu.name, "", "", "", f"does not fit: {str(plan).partition('; ')[2]}")

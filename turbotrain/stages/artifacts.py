@@ -14,6 +14,7 @@ from turbotrain.checkpoint import CheckpointMeta, read_meta, save_checkpoint
 from turbotrain.checkpoint.components import find_component, published_part
 from turbotrain.checkpoint.lora import LORA_FILE, save_lora
 from turbotrain.codecs import TextEncoder, VideoCodec
+from turbotrain.codecs.folders import quiet_libraries
 from turbotrain.config import Config
 from turbotrain.evaluation.video import contact_sheet, png_bytes, write_bytes
 from turbotrain.model.attention_config import AttentionConfig
@@ -57,6 +58,7 @@ def codec_parts(context: StageContext) -> dict[str, Path]:
 
 
 def load_codec(parts: Mapping[str, Path], device: torch.device, variant: Variant) -> tuple[VideoCodec, TextEncoder]:
+    quiet_libraries()
     codec = VideoCodec.from_pretrained(str(parts["vae"]), device=str(device), dtype=torch.float32)
     # Wan's umT5 is 11 GB in bf16, as it is published; a pipeline takes it to the device while it encodes.
     small = variant.vae == "shapes"
