@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from turbotrain.compose import UsageError
     from turbotrain.config import resolve
-    from turbotrain.evidence.collect import collect, write_results
+    from turbotrain.evidence.collect import check_keeps, collect, write_results
     from turbotrain.evidence.folders import Folders
     from turbotrain.evidence.matrix import load_matrix
     from turbotrain.evidence.schedule import plan, run_tasks
@@ -93,6 +93,8 @@ def _run(options: argparse.Namespace) -> int:
     root = (options.output or Path("outputs/evidence") / matrix.name).absolute()
     root.mkdir(parents=True, exist_ok=True)
     folders = Folders(root, matrix)
+    results_file = options.json or root / "evidence.json"
+    check_keeps(results_file, folders)
     given = {name: resolve(path).absolute() for name in ("teacher", "codec") if (path := getattr(options, name))}
     for name, path in given.items():
         if not path.exists():
@@ -108,8 +110,8 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{matrix.name}: {len(tasks)} tasks for {total} rows in {root}", flush=True)
     outcome = run_tasks(tasks, options.gpus.split(","), options.per_gpu, options.minutes, _say)
     results = collect(folders)
-    write_results(options.json or root / "evidence.json", results)
-    print(f"{len(results['rows'])} of {total} rows: {options.json or root / 'evidence.json'}")
+    write_results(results_file, results)
+    print(f"{len(results['rows'])} of {total} rows: {results_file}")
     for name, log in outcome.failed.items():
         print(f"failed: {name}: see {log}", file=sys.stderr)
     if outcome.left:

@@ -191,6 +191,32 @@ def test_what_cannot_be_run_is_a_usage_error(
     assert capsys.readouterr().err.startswith("usage: --teacher ")
 
 
+def test_a_fresh_run_does_not_write_over_the_rows_of_another(
+    tool: ModuleType,
+    matrix_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The README's command names the file that ships."""
+    monkeypatch.setattr(schedule, "run_tasks", lambda *_: Outcome())
+    root, kept = tmp_path / "run", tmp_path / "kept.json"
+    asked = ["run", str(matrix_file), "-o", str(root), "--json", str(kept)]
+    asked += ["--teacher", str(tmp_path), "--codec", str(tmp_path)]
+    for text, words in (
+        ('{"rows": [{"cell": "teacher", "row": "s4"}]}', "holds 1 rows, teacher/s4 first, that are not in"),
+        ("{}", "holds no results of a matrix"),
+    ):
+        kept.write_text(text)
+        assert tool.main(asked) == 2
+        assert f"--json {kept}: " in (said := capsys.readouterr().err)
+        assert words in said
+        assert kept.read_text() == text
+    kept.write_text('{"rows": []}')  # an interrupted run's, for one
+    assert tool.main(asked) == 0
+    assert '"planned_rows"' in kept.read_text()
+
+
 @pytest.mark.parametrize(
     ("gpus", "known"),
     [("0,1", True), ("GPU-8f0e,MIG-1/2/0", True), ("x", False), ("0,", False), ("0,,1", False), ("0 1", False)],

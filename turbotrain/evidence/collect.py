@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from turbotrain.compose import UsageError
 from turbotrain.evaluation.video import write_bytes
 from turbotrain.evidence.folders import Folders, read_json
 from turbotrain.records import read_record
@@ -50,8 +51,29 @@ def _together(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: values[0] if len(values) == 1 else ", ".join(map(str, values)) for name, values in found.items()}
 
 
+def check_keeps(path: Path, folders: Folders) -> None:
+    """Before hours of work end in writing fewer rows than are there: a fresh run begins with none.
+
+    Raises:
+        UsageError: `path` holds rows that these folders have not, or is no results at all.
+    """
+    if not path.is_file():
+        return
+    try:
+        there = [(row["cell"], row["row"]) for row in json.loads(path.read_text())["rows"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"--json {path}: is there and holds no results of a matrix; name another file") from error
+    measured = {(cell.name, row.name) for cell, row in folders.matrix.rows if folders.result(cell, row).is_file()}
+    lost = [name for name in there if name not in measured]
+    if lost:
+        raise UsageError(
+            f"--json {path}: holds {len(lost)} rows, {'/'.join(lost[0])} first, that are not in {folders.root} and would be "
+            "lost; name another file"
+        )
+
+
 def write_results(path: Path, document: dict[str, Any]) -> None:
-    """A row a line: one that changes is one line of a difference, and a table of 73 is no hundred thousand lines long."""
+    """A row a line: one that changes is one line of a difference, and a table of 77 is no hundred thousand lines long."""
     head = json.dumps({name: value for name, value in document.items() if name != "rows"}, indent=2).removesuffix("\n}")
     rows = ",\n".join(f"    {json.dumps(row)}" for row in document["rows"])
     write_bytes(path, f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n'.encode())
