@@ -406,7 +406,7 @@ def _foretold(config: Config, stage: str, inputs: Mapping[str, Path], anew: list
         anew.append(stage)
         return f"[stale ({plan.reason}): runs again] " if plan.action == "stale" else "[was interrupted: continues] "
     sources = [name for name in anew if any(config.run_folder / name in path.parents for path in inputs.values())]
-    return f"[done; runs again if another {' or '.join(sources)} comes out] " if sources else "[done: skipped] "
+    return f"[done; runs again if {' or '.join(sources)} comes out different] " if sources else "[done: skipped] "
 
 
 def _absence(config: Config, path: Path) -> str:
