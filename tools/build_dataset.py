@@ -88,6 +88,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.worker = _worker(getattr(options, "worker", None), os.environ)
     except ValueError as error:
         parser.error(str(error))
+    source = getattr(options, "source", None)
+    if source is not None and not source.exists():
+        parser.error(f"{source}: no such file or folder")
     return options
 
 

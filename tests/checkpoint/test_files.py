@@ -123,6 +123,8 @@ def test_places_without_a_checkpoint(tmp_path: Path) -> None:
             load_transformer(tmp_path / meant)
         inner = " or ".join(str(tmp_path / "run" / stage / "checkpoint") for stage in folders)
         assert str(caught.value).endswith(f"? Did you mean {inner}?" if inner else "checkpoint folder?")
+    with pytest.raises(CheckpointProblem, match="training data, no network"):
+        load_transformer(tmp_path / "run" / "data" / "checkpoint")
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(CheckpointProblem, match=r"'\.txt' is no weights file"):
         load_transformer(tmp_path / "notes.txt")

@@ -314,6 +314,15 @@ def test_usage(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert words in capsys.readouterr().err
 
 
+def test_a_source_that_is_not_there_is_said_before_a_model_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(arguments("prompts", tmp_path / "none.txt", tmp_path, "t2v", tmp_path / "out"))
+    assert stopped.value.code == 2
+    assert f"{tmp_path / 'none.txt'}: no such file or folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

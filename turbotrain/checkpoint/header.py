@@ -105,6 +105,8 @@ def find_weights(path: str | Path) -> list[Path]:
         return _shards(index[0])
     found = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
     found = found or sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if [file.name for file in found] == ["dataset.safetensors"]:  # what lies beside shards (turbotrain.data.shards)
+        raise CheckpointProblem(f"{path}: training data, no network; name a checkpoint that a training stage wrote")
     if len(found) == 1:
         return found
     if found:
