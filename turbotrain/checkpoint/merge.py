@@ -82,6 +82,12 @@ def merge_keys(
             owners = " and ".join(owner for owner, owns in zip(("base", "target", "anchor"), has) if owns)
             strange.setdefault(owners, []).append(name)
     if strange:
+        if strange.keys() == {"base and target"} and all(P_OF_SLA in name for name in strange["base and target"]):
+            raise CheckpointProblem(
+                "merge: the base has SLA's projections as the target has: it was trained from an SLA network "
+                "(rcm.composition=sequential) and needs no merge; name a dense base (rcm.composition=merge), or say whether to "
+                "keep (the base's) or add (the target's) projections"
+            )
         said = "; ".join(f"{len(names)} in {owners} only: {shorten(names, 6)}" for owners, names in strange.items())
         raise CheckpointProblem(
             f"merge: the networks differ in more than SLA's projections: {said}; say which tensors to keep (the base's), add "
