@@ -151,7 +151,10 @@ def compose(kind: str, overrides: Sequence[str], processes: int) -> Config:
         composition = "merge" if students[-1] == "dense" else "sequential"
         fixed += [f"rcm.phases=[{PHASES[kind]}]", "rcm.tangent_warmup=0", "rcm.student_update_freq=2"]
         fixed += [f"rcm.composition={composition}", "stages=[sla,rcm]"]
-    config = load_config([*given, *fixed])
+    # One sample a pass unless said; until that is set below, batches that the parts divide.
+    parts = [item.partition("=")[2] for item in given if item.startswith("launch.micro_batches=")][-1:]
+    sizes = [f"{name}.batch_size={number}" for number in parts for name in ("sla", "rcm")]
+    config = load_config([*sizes, *given, *fixed])
     section = getattr(config, stage)
     if not any(item.startswith(f"{stage}.batch_size=") for item in given):
         section.batch_size = processes // config.launch.context_parallel * config.launch.micro_batches
