@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turbotrain.checkpoint.atomic import UNFINISHED, clear_unfinished, new_file
 from turbotrain.compose import UsageError, reject
 from turbotrain.config import BOTH, NO_SHARDED_LORA, STAGES, Config, resolve
 from turbotrain.model.variants import VARIANTS
@@ -76,6 +77,7 @@ def run_recipe(config: Config) -> None:
     accelerator = make_accelerator(config)
     with _owned(root, accelerator.is_main_process):
         if accelerator.is_main_process:
+            clear_unfinished(root)
             _write_config(config, root)
             if config.logging.trackers:
                 flat = {key: str(value) for key, value in flatten(config)}
@@ -334,7 +336,7 @@ def _check_device(config: Config) -> None:
 def _check_writable(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".tmp-probe-{os.getpid()}"
+        probe = root / f"{UNFINISHED}probe-{os.getpid()}"
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
     except OSError as error:
@@ -362,9 +364,8 @@ def _owned(root: Path, main: bool) -> Iterator[None]:
 def _write_config(config: Config, root: Path) -> None:
     from omegaconf import OmegaConf
 
-    partial = root / f".tmp-config-{os.getpid()}"
-    OmegaConf.save(OmegaConf.structured(config), partial)
-    os.replace(partial, root / "config.yaml")
+    with new_file(root / "config.yaml") as new:
+        OmegaConf.save(OmegaConf.structured(config), new)
 
 
 def _dry_run(config: Config, selected: list[str], show: Callable[[str], None] = print) -> None:

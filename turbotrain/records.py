@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from turbotrain.checkpoint.atomic import new_file
 from turbotrain.config import Config
 
 # Settings that change how a stage runs but not what it produces: changing them makes nothing stale.
@@ -109,8 +110,6 @@ def hash_path(path: Path) -> str:
 
 def begin(folder: Path, fingerprint: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in (*folder.glob(".tmp-*"), *folder.glob(".checkpoint.*")):  # half-written by a process that was killed
-        shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
     record = read_record(folder) or {"started": _now(), "seconds": 0.0}
     write_json(folder / STAGE_FILE, {**record, "status": "running", "fingerprint": fingerprint, "attempted": _now()})
 
@@ -140,10 +139,9 @@ def status(folder: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Atomically: a reader sees the old file or the new one."""
-    partial = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    """Atomically: a reader sees the old file or the new one. Raises OSError as `new_file` does."""
+    with new_file(path) as new:
+        new.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def set_aside(folder: Path) -> None:

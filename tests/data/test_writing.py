@@ -8,19 +8,21 @@ import pytest
 import torch
 from shard_damage import EMBED, samples, write
 
+from turbotrain.checkpoint.atomic import new_file
+from turbotrain.data.build import RANGES, finish
 from turbotrain.data.shards import DatasetError, check_shards
-from turbotrain.data.writing import ShardFile, write_index
+from turbotrain.data.writing import Sample, ShardFile, write_index, write_shards
 
 ROWS = [row.members() for row in samples(4)]
 PARTS = tuple(ROWS[0])
 
 
-def write_rows(path: Path, count: int = 4, finish: bool = True) -> None:
+def write_rows(path: Path, count: int = 4, complete: bool = True) -> None:
     with ShardFile(path, PARTS) as shard:
         for index, members in enumerate(ROWS[:count]):
             if f"{index:09d}" not in shard.done:
                 shard.write(f"{index:09d}", members)
-        if finish:
+        if complete:
             shard.finish()
 
 
@@ -28,7 +30,7 @@ def test_any_torn_end_is_cut_off(tmp_path: Path) -> None:
     write_rows(tmp_path / "whole.tar")
     whole = (tmp_path / "whole.tar").read_bytes()
     path = tmp_path / "killed.tar"
-    write_rows(path, 3, finish=False)
+    write_rows(path, 3, complete=False)
     partial = path.with_name(".killed.tar.partial")
     ends = [0, *(partial.stat().st_size * n // 3 for n in (1, 2, 3))]
     for cut in [*range(0, ends[3], 700), *ends]:
@@ -43,7 +45,7 @@ def test_any_torn_end_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_nothing_bears_the_name_before_it_is_whole(tmp_path: Path) -> None:
-    write_rows(tmp_path / "a.tar", 2, finish=False)
+    write_rows(tmp_path / "a.tar", 2, complete=False)
     assert not (tmp_path / "a.tar").exists()
     assert list(tmp_path.glob("*.tar")) == []
 
@@ -75,3 +77,12 @@ def test_the_index_counts_and_refuses_damage(tmp_path: Path) -> None:
         file.truncate(3000)
     with pytest.raises(DatasetError, match=r"train-000001\.tar is truncated"):
         write_index(data, torch.zeros(EMBED), {})
+
+
+def test_a_marker_that_another_worker_is_writing_is_none_yet(tmp_path: Path) -> None:
+    """Or was writing when it was killed: the index of the finished ranges is made all the same."""
+    write_shards(tmp_path / "data", [Sample(None, torch.ones(2, 4), "a")], torch.zeros(2, 4), 4, {})
+    with new_file(tmp_path / "data" / RANGES / "000001.json") as new:
+        new.write_text("{")
+        assert finish(tmp_path / "data", torch.zeros(2, 4))["count"] == 1
+        new.write_text('{"samples": 1, "skipped": {}}')

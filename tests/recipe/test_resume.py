@@ -89,10 +89,14 @@ def test_a_kill_between_checkpoint_and_record_is_resumed(
         assert train_here(*overrides) == 1
     stage = tmp_path / "run" / "sla"
     assert read_status(stage)["status"] == "running"
-    (stage / ".checkpoint.torn").mkdir()
+    # Also within the checkpoint of two experts, and beside the best state's.
+    torn = [stage / place / ".tmp-checkpoint.torn" for place in ("", "best", "checkpoint")]
+    for folder in torn:
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"torn")
     assert train_here(*overrides) == 0
     assert read_status(stage)["status"] == "done"
-    assert not (stage / ".checkpoint.torn").exists()
+    assert not any(folder.exists() for folder in torn)
     assert_same_weights(stage, whole / "sla")
 
 

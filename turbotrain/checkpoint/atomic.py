@@ -9,10 +9,20 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 logger = logging.getLogger(__name__)
+
+# How the name begins of whatever is being written, or was when its process was killed. Such names have no suffix of their own:
+# who looks for *.json or *.safetensors never finds half of one.
+UNFINISHED = ".tmp-"
+_NAME = (
+    40  # characters of the final name in that of the unfinished: the longest name that a disk takes may be asked for
+)
 
 
 @contextlib.contextmanager
@@ -25,15 +35,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{folder.name[:_NAME]}.", dir=folder.parent))
         temporary.chmod(0o755)
         yield temporary
         for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
         _swap(temporary, folder)
-    except OSError as error:
-        raise OSError(f"{folder}: the checkpoint could not be written ({error}); nothing was changed") from error
+    except (OSError, SafetensorError) as error:
+        raise _refused(folder, error) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -46,18 +56,40 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises OSError with the reason when the disk is full or read-only; `path` is then what it was.
     """
     path = path.expanduser().absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f"{UNFINISHED}{path.name[:_NAME]}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError as error:
-        raise OSError(f"{path}: could not be written ({error}); nothing was changed") from error
+    except (OSError, SafetensorError) as error:
+        raise _refused(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _refused(path: Path, error: OSError | SafetensorError) -> OSError:
+    """What a failed write says, whatever library it came from: safetensors tells of a full disk in words of its own."""
+    while isinstance(error.__cause__, (OSError, SafetensorError)):  # of a file within a folder, say
+        error = error.__cause__
+    reason = getattr(error, "strerror", None) or str(error)
+    named = getattr(error, "filename", None)
+    if named and UNFINISHED not in str(named):
+        reason += f" ({named})"
+    return OSError(
+        f"cannot write {path}: {reason}; choose another output, or free space or permissions there; nothing was changed"
+    )
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half-written below `folder`, where nobody may be writing now."""
+    for torn in list(folder.rglob(f"{UNFINISHED}*")):
+        if torn.is_dir():
+            shutil.rmtree(torn, ignore_errors=True)
+        else:
+            torn.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -77,7 +109,7 @@ def _swap(new: Path, folder: Path) -> None:
         return
     old = new  # after an exchange the old content has the new one's name
     if not _exchange(new, folder):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        old = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{folder.name[:_NAME]}.old.", dir=folder.parent))
         os.rename(folder, old)
         try:
             os.rename(new, folder)

@@ -247,10 +247,7 @@ def save_checkpoint(
     named = to_disk_names({layouts.strip_wrappers(name): tensor for name, tensor in state_dict.items()})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     with new_folder(folder) as temporary:
-        try:
-            _write_weights(temporary, tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}, max_shard_bytes)
-        except SafetensorError as error:  # a full disk, in its words
-            raise OSError(str(error)) from error
+        _write_weights(temporary, tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}, max_shard_bytes)
         for name, source in components.items():
             shutil.copytree(Path(source).expanduser(), temporary / name)
 

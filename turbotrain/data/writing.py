@@ -12,7 +12,6 @@ import fcntl
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from turbotrain.checkpoint.atomic import new_file
+from turbotrain.checkpoint.atomic import new_file, new_folder
 from turbotrain.checkpoint.io import load_tensor
 from turbotrain.data.shards import CLIP, EMBED, IMAGE, INDEX_FILE, LATENT, PROMPT, DatasetError, Entry, scan_shard
 
@@ -95,6 +94,7 @@ class ShardFile:
             self.partial.unlink()
             return
         self._append(bytes(2 * _BLOCK))
+        self._file.close()
         os.replace(self.partial, self.path)
 
     def _append(self, data: bytes) -> None:
@@ -112,28 +112,20 @@ def write_shards(
         negative_LD: embedding of the empty (negative) prompt.
         source: what the samples are, recorded as it is.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     count, shard = 0, None
-    try:
+    with new_folder(folder) as new:
         for sample in samples:
             members = sample.members()
             if count % samples_per_shard == 0:
                 if shard:
                     shard.finish()
-                shard = ShardFile(partial / f"train-{count // samples_per_shard:06d}.tar", tuple(members))
+                shard = ShardFile(new / f"train-{count // samples_per_shard:06d}.tar", tuple(members))
             assert shard is not None  # made for the first sample
             shard.write(f"{count:09d}", members)
             count += 1
         if shard:
             shard.finish()
-        write_index(partial, negative_LD, source)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_index(new, negative_LD, source)
     return count
 
 

@@ -14,7 +14,6 @@ import io
 import itertools
 import os
 import queue
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from turbotrain.checkpoint.atomic import new_file
 from turbotrain.evaluation.mp4 import encode_mp4
 
 SUFFIXES = (".mp4", ".gif", ".png", ".webp")
@@ -53,13 +53,13 @@ def write_video(
     pieces = _checked_pieces([frames_THWC] if isinstance(frames_THWC, np.ndarray) else frames_THWC)
     if suffix == ".mp4":
         first_THWC = next(pieces)  # what is wrong with the frames shows before a file is made
-        with atomic_path(path) as temporary:
+        with new_file(path) as temporary:
             encode_mp4(temporary, itertools.chain([first_THWC], pieces), fps)
         return [path]
     frames_THWC = np.concatenate(list(pieces))
     if suffix == ".png":
         return _write_pngs(path, frames_THWC)
-    with atomic_path(path) as temporary:
+    with new_file(path) as temporary:
         temporary.write_bytes(_animation(frames_THWC, fps, suffix))
     return [path]
 
@@ -164,45 +164,16 @@ def _checked_pieces(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         raise ValueError("frames are missing: a video has at least one")
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Raises:
-        OSError: with the destination, the reason and the remedy, whatever library the failed write came from.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; a result is as readable as any other file
-        os.replace(temporary, path)
-    except OSError as error:  # PyAV's FFmpegError is an OSError too where FFmpeg reports an errno
-        reason = error.strerror or str(error)
-        raise OSError(
-            error.errno or 0,
-            f"cannot write {path}: {reason}; choose another output, or free space or permissions there",
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Atomic replacement of a whole file, for reports and strips. Raises OSError as `atomic_path` does."""
+    """Atomic replacement of a whole file, for reports and strips. Raises OSError as `new_file` does."""
     path = Path(path)
-    with atomic_path(path) as temporary:
+    with new_file(path) as temporary:
         temporary.write_bytes(data)
     return path
 
 
 def write_image(path: str | os.PathLike[str], image_HWC: np.ndarray) -> Path:
-    """Writes a uint8 (H, W, 3) image as PNG, whole or not at all. Raises OSError as `atomic_path` does."""
+    """Writes a uint8 (H, W, 3) image as PNG, whole or not at all. Raises OSError as `new_file` does."""
     return write_bytes(path, png_bytes(image_HWC))
 
 
@@ -279,7 +250,7 @@ def _write_pngs(path: Path, frames_THWC: np.ndarray) -> list[Path]:
         return [write_image(path, frames_THWC[0])]
     targets = [path.with_name(f"{path.stem}-{index:04d}{path.suffix}") for index in range(len(frames_THWC))]
     with contextlib.ExitStack() as stack:  # all are encoded before the first takes its name
-        temporaries = [stack.enter_context(atomic_path(target)) for target in targets]
+        temporaries = [stack.enter_context(new_file(target)) for target in targets]
         for temporary, frame_HWC in zip(temporaries, frames_THWC):
             temporary.write_bytes(png_bytes(frame_HWC))
     return targets
@@ -296,9 +267,3 @@ def _read_animation(path: Path) -> tuple[np.ndarray, float]:
     unit = min((duration for duration in durations if duration > 0), default=0)
     repeats = [max(1, round(duration / unit)) if unit else 1 for duration in durations]
     return np.repeat(np.stack(frames), repeats, axis=0), 1000.0 / unit if unit else 0.0
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from turbotrain.checkpoint import CheckpointMeta, load_transformer
+from turbotrain.checkpoint.atomic import new_file
 from turbotrain.checkpoint.merge import merge_keys, merge_tensor
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.config import Config
@@ -286,7 +287,5 @@ def _real_features(bench: Bench) -> Tensor:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".tmp-{path.name}")
-    save_file(tensors, partial_path)
-    partial_path.replace(path)
+    with new_file(path) as new:
+        save_file(tensors, new)

@@ -10,7 +10,6 @@ Legend: B batch, L tokens, D text width, T frames, H, W pixels, C channels.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from turbotrain.checkpoint.atomic import new_folder
 from turbotrain.codecs.text import TextEncoder
 from turbotrain.codecs.vae import VideoCodec, frames_to_pixels
 from turbotrain.codecs.whole_clip import posterior, reconstruct
@@ -91,21 +91,14 @@ def train_codec(
     if start is None:
         text, text_metrics = train_text(device, seed, text_steps, say)
         metrics.update(text_metrics)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".tmp-{folder.name}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        vae.half().save_pretrained(partial / "vae")
+    with new_folder(folder) as new:
+        vae.half().save_pretrained(new / "vae")
         if text is not None:
-            text.encoder.save_pretrained(partial / "text_encoder")
-            text.tokenizer.save_pretrained(partial / "tokenizer")
+            text.encoder.save_pretrained(new / "text_encoder")
+            text.tokenizer.save_pretrained(new / "tokenizer")
         elif start is not None:
             for name in ("text_encoder", "tokenizer"):
-                shutil.copytree(start / name, partial / name)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(start / name, new / name)
     return metrics
 
 

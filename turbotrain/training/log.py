@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from turbotrain.checkpoint.atomic import new_file
+
 
 class StageLog:
     """Context manager over one stage's training; `record` is called once a step."""
@@ -96,6 +98,5 @@ def truncate_metrics(path: Path, start: int) -> None:
             continue
         if step < start:
             kept.append(line + "\n")
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    with new_file(path) as new:
+        new.write_text("".join(kept))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from turbotrain.checkpoint.atomic import sync
+from turbotrain.checkpoint.atomic import UNFINISHED, clear_unfinished, sync
 from turbotrain.training.pieces import Piece, SavedPieces, write_pieces
 
 PREFIX = "step_"
@@ -45,13 +45,13 @@ class StateWriter:
         self.keep = keep
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.rank == 0:
-            for torn in folder.glob(".tmp-*"):
-                shutil.rmtree(torn, ignore_errors=True) if torn.is_dir() else torn.unlink()
+            clear_unfinished(folder)
         # Names of this launch's half-written folders: a killed launch's files are never mistaken for these.
         token = [uuid.uuid4().hex[:12]]
         if self.world > 1:
             dist.broadcast_object_list(token, device=_object_device())
         self.token = token[0]
+        self._failed = folder / f"{UNFINISHED}failed-{self.token}"
         self._host: dict[str, Tensor] = {}
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -101,7 +101,7 @@ class StateWriter:
 
     def _write(self, step: int, pieces: list[Piece], description: dict[str, Any]) -> None:
         final = self.folder / f"{PREFIX}{step:08d}"
-        partial = self.folder / f".tmp-{final.name}-{self.token}"
+        partial = self.folder / f"{UNFINISHED}{final.name}-{self.token}"
         try:
             partial.mkdir(parents=True, exist_ok=True)
             path = partial / f"rank_{self.rank:05d}.safetensors"
@@ -122,14 +122,13 @@ class StateWriter:
                 shutil.rmtree(partial, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):
-                    (self.folder / f".tmp-failed-{self.token}").touch()
+                    self._failed.touch()
 
     def _await_others(self, partial: Path) -> None:
         """Files tell of the other processes: no collective may run beside those of training."""
         waiting = [partial / f"done_{rank:05d}" for rank in range(self.world)]
-        failed = self.folder / f".tmp-failed-{self.token}"
         while waiting := [path for path in waiting if not path.exists()]:
-            if failed.exists() or self._closing:
+            if self._failed.exists() or self._closing:
                 raise OSError("another process did not write its part")
             time.sleep(POLL_S)
 
