@@ -50,6 +50,26 @@ def test_sigusr1_saves_and_goes_on(tmp_path: Path) -> None:
     assert saved_steps(tmp_path / "run" / "state") == [5, 10]
 
 
+def test_sigusr1_in_a_bad_step_saves_after_the_next_good_one(tmp_path: Path) -> None:
+    def spoil(step: int, loss: Tensor) -> Tensor:
+        return spoil_at(4, signal.SIGUSR1)(step, loss) * (float("nan") if step in (4, 5) else 1)
+
+    train(LineTask(spoil), settings(save_every=100), tmp_path / "run", accelerator())
+    assert saved_steps(tmp_path / "run" / "state") == [7, 10]
+
+
+def test_sigterm_in_the_last_step_reaches_who_handled_it_before(tmp_path: Path) -> None:
+    """The loop has nothing left to stop; the stage after it would run on as if nobody had asked."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        train(LineTask(spoil_at(9, signal.SIGTERM)), settings(), tmp_path / "run", accelerator())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
+    assert saved_steps(tmp_path / "run" / "state")[-1] == 10
+
+
 def test_the_walltime_saves_and_stops(tmp_path: Path) -> None:
     """This process is older than a thousandth of a minute: every launch stops after one step, and yet they arrive."""
     for launch in range(1, 10):

@@ -117,6 +117,16 @@ def test_a_damaged_state_is_passed_over(damage: str, tmp_path: Path, capsys: pyt
     assert "step_00000002: damaged, passed over" in capsys.readouterr().out
 
 
+def test_a_damaged_state_takes_no_good_ones_place(tmp_path: Path) -> None:
+    """A run that went back behind it saves before it gets there again."""
+    for step in (5, 10):
+        save(tmp_path, step)
+    (tmp_path / "step_00000010" / STATE_FILE).write_text("{")
+    save(tmp_path, 7, keep=1)
+    assert newest_state(tmp_path) == tmp_path / "step_00000007"
+    assert saved_steps(tmp_path) == [7]
+
+
 def test_a_failed_write_leaves_the_states_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1, keep=1)
 

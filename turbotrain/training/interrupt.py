@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 
 import psutil
 
@@ -17,7 +17,7 @@ class Stopped(RuntimeError):
 
 class Interruption:
     """While it is entered, SIGTERM asks to save and stop, SIGUSR1 to save and go on; so does the end of `minutes` since this
-    process began (0: no limit), which stops."""
+    process began (0: no limit), which stops. A SIGTERM that nothing stopped for goes to who handled it before."""
 
     def __init__(self, minutes: float = 0.0) -> None:
         began = psutil.Process(os.getpid()).create_time()
@@ -31,9 +31,11 @@ class Interruption:
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if kind is None and signal.SIGTERM in self._received:  # in the last step, or while its state was written
+            signal.raise_signal(signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received.add(number)

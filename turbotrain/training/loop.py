@@ -144,10 +144,11 @@ def train(
     writer = StateWriter(states, settings.keep_last)
     at = Progress(Guard(settings.guard), Best(settings.keep_best, settings.save_every))
     at.restore(states, task)
-    bad, saved = 0, at.step
+    bad, saved, save_asked = 0, at.step, False
 
     def save() -> None:
-        nonlocal saved
+        nonlocal saved, save_asked
+        save_asked = False
         if at.step != saved:
             at.best.judge(at.step)
             writer.save(at.step, _pieces(task), at.counters(task.roles))
@@ -173,7 +174,8 @@ def train(
                 return {"stop": float(interruption.asks_to_stop()), "save": float(interruption.asks_to_save())}
 
             step = take_step(task, plan, at.guard, meter, accelerator, asked)
-            objection, stop, save_now = step.objection, step.asked["stop"], step.asked["save"]
+            objection, stop = step.objection, step.asked["stop"]
+            save_asked = save_asked or step.asked["save"] > 0  # a bad step is not saved after, but the next good one is
             log.record(at.step, step.line)
             at.best.see(at.step, plan.phase, {} if objection else step.line)
             bad = bad + 1 if objection else 0
@@ -196,7 +198,7 @@ def train(
                 at.detours = detours
                 log.rewind(at.step, f"{objection}: back to the state after step {at.step}, with other data")
                 continue
-            if bad == 0 and (at.step % settings.save_every == 0 or at.step == settings.steps or stop or save_now):
+            if bad == 0 and (at.step % settings.save_every == 0 or at.step == settings.steps or stop or save_asked):
                 save()
             if sample and settings.sample_every and at.step % settings.sample_every == 0:
                 sample(at.step)
@@ -272,8 +274,8 @@ def _accumulate(role: Role, plan: Plan, before_last: Callable[[], None] = lambda
 def _over_ranks(
     accelerator: Accelerator, values: Mapping[str, Tensor | float], times: Mapping[str, float], norm: Tensor
 ) -> tuple[dict[str, float], dict[str, list[float]], float]:
-    """Means of `values` and each rank's `times`, by one collective and one wait for the device; the norm is the same
-    everywhere."""
+    """Means of `values` and each rank's `times`, by one collective and one wait for the device; the norm, which is the same
+    everywhere, is the first rank's, so that all judge the step alike to the last bit."""
     flat = torch.stack(
         [
             torch.as_tensor(x, dtype=torch.float64, device=accelerator.device)
@@ -285,4 +287,4 @@ def _over_ranks(
         every = cast(Tensor, accelerator.gather(every))
     rows = every.T.tolist()
     means = {name: sum(row) / len(row) for name, row in zip(values, rows)}
-    return means, dict(zip(times, rows[len(values) : -1])), rows[-1][accelerator.process_index]
+    return means, dict(zip(times, rows[len(values) : -1])), rows[-1][0]

@@ -100,7 +100,7 @@ class StateWriter:
         return dataclasses.replace(piece, tensor=host)
 
     def _write(self, step: int, pieces: list[Piece], description: dict[str, Any]) -> None:
-        final = self.folder / f"{PREFIX}{step:08d}"
+        final = _place(self.folder, step)
         partial = self.folder / f"{UNFINISHED}{final.name}-{self.token}"
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -143,10 +143,12 @@ class StateWriter:
             shutil.rmtree(final)
         os.replace(partial, final)
         sync(self.folder)
-        best = description.get("best", {}).get("step")
-        for old in saved_steps(self.folder)[: -self.keep]:
-            if old != best:
-                shutil.rmtree(self.folder / f"{PREFIX}{old:08d}", ignore_errors=True)
+        # A damaged state that this run passed over may be of a later step: it must not take a good one's place.
+        whole = [step for step in saved_steps(self.folder) if _is_whole(_place(self.folder, step))]
+        kept = {*whole[-self.keep :], description.get("best", {}).get("step")}
+        for old in saved_steps(self.folder):
+            if old not in kept:
+                shutil.rmtree(_place(self.folder, old), ignore_errors=True)
 
 
 def read_state(folder: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
@@ -167,15 +169,19 @@ def read_state(folder: Path, pieces: Iterable[Piece]) -> dict[str, Any] | None:
 def newest_state(folder: Path) -> Path | None:
     """The newest state whose files are all there and of the size that was written (a disk may lose what it promised)."""
     for step in reversed(saved_steps(folder)):
-        path = folder / f"{PREFIX}{step:08d}"
-        try:
-            files = _description(path)["files"]
-            if all((path / name).stat().st_size == size for name, size in files.items()):
-                return path
-        except (OSError, ValueError, KeyError):
-            pass
+        path = _place(folder, step)
+        if _is_whole(path):
+            return path
         print(f"{path}: damaged, passed over", flush=True)
     return None
+
+
+def _is_whole(state: Path) -> bool:
+    try:
+        files = _description(state)["files"]
+        return all((state / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def saved_tensors(folder: Path, prefix: str, step: int | None = None) -> dict[str, Tensor]:
@@ -185,7 +191,7 @@ def saved_tensors(folder: Path, prefix: str, step: int | None = None) -> dict[st
     Raises:
         OSError: no state, or one that is damaged.
     """
-    state = newest_state(folder) if step is None else folder / f"{PREFIX}{step:08d}"
+    state = newest_state(folder) if step is None else _place(folder, step)
     if state is None:
         raise FileNotFoundError(f"{folder}: no training state to take {prefix} from")
     try:
@@ -207,6 +213,10 @@ def saved_steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(int(path.name.removeprefix(PREFIX)) for path in folder.iterdir() if path.name.startswith(PREFIX))
+
+
+def _place(folder: Path, step: int) -> Path:
+    return folder / f"{PREFIX}{step:08d}"
 
 
 def _description(state: Path) -> dict[str, Any]:
