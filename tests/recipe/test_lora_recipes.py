@@ -84,7 +84,9 @@ def test_rcm_goes_on_with_the_adapter_of_sla_over_the_teachers_weights(
             for name, p in task.teacher.named_parameters():
                 assert network.get_parameter(name).data_ptr() == p.data_ptr(), "one set of weights for all"
         began.update({name: p.detach().clone() for name, p in task.roles["student"].parameters.items()})
-        assert task.average.shadow.keys() == began.keys(), "the average is of what is trained"
+        average = task.roles["student"].average
+        assert average is not None
+        assert average.shadow.keys() == began.keys(), "the average is of what is trained"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rcm_stage, "train", noting)

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from turbotrain.config import GuardSection, OptimSection
+from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import LoopSettings, Plan, Term
 from turbotrain.training.optim import learning_rate, make_optimizer
-from turbotrain.training.pieces import Piece
 from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom
 
@@ -31,7 +31,8 @@ def line_role(name: str = "line", optim: OptimSection | None = None, steps: int 
 
 
 class LineTask:
-    """Two lines trained in turn, in `parts` micro-batches; `spoil(step, loss)` may replace a loss. phase: of a step."""
+    """Two lines trained in turn, the even one with an average, in `parts` micro-batches; `spoil(step, loss)` may replace a
+    loss. phase: of a step."""
 
     def __init__(
         self,
@@ -40,10 +41,10 @@ class LineTask:
         phase: Callable[[int], str] = lambda step: "",
     ) -> None:
         self.roles = {"even": line_role("even"), "odd": line_role("odd")}
+        self.average = self.roles["even"].average = PowerEMA(self.roles["even"].weights())
         self.spoil = spoil
         self.parts = parts
         self.phase = phase
-        self.counted = torch.zeros(())
         self.draws: list[int] = []
 
     def plan(self, step: int, draw: int) -> Plan:
@@ -57,12 +58,6 @@ class LineTask:
 
         points = random.normal("x", (3,)).chunk(self.parts)
         return Plan(role.name, [lambda x=x: term(x) for x in points], self.parts, phase=self.phase(step))
-
-    def updated(self, role: Role) -> None:
-        self.counted += 1
-
-    def extra_pieces(self) -> list[Piece]:
-        return [Piece("counted", self.counted, ())]
 
 
 def settings(
@@ -89,11 +84,12 @@ def settings(
 
 
 def state(task: LineTask) -> dict[str, Tensor]:
-    return {
+    weights = {
         f"{name}.{key}": value.clone()
         for name, role in task.roles.items()
         for key, value in role.network.state_dict().items()
     }
+    return weights | {f"average.{key}": value.clone() for key, value in task.average.shadow.items()}
 
 
 def accelerator() -> Accelerator:

@@ -33,8 +33,7 @@ from turbotrain.stages.lora import after_sla, trainable
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
 from turbotrain.training.meter import Work
-from turbotrain.training.pieces import Piece, beside
-from turbotrain.training.roles import Role
+from turbotrain.training.roles import AVERAGE
 from turbotrain.training.seeding import StepRandom
 
 SIMULATION_STEPS = 4
@@ -55,8 +54,9 @@ class RcmTask:
         self.source = BatchSource(context, context.dataset, section.batch_size)
         self.teacher = context.teacher(section.teacher_attention)
         self.network = student_network(context)
-        self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
-        self.average = PowerEMA(self.roles["student"].weights(), rate=section.ema_rate)
+        role = context.role("student", self.network, section.optim, section.steps)
+        role.average = PowerEMA(role.weights(), section.ema_rate)
+        self.roles = {"student": role}
         if any(phase.dmd for phase in section.phases):
             fake = trainable(context, "teacher")
             self.roles["critic"] = context.role("critic", fake, section.critic_optim, section.steps)
@@ -222,13 +222,6 @@ class RcmTask:
         t = rf_to_trig(draw_times(self.section.times_dmd, random, "times_dmd", self.within))
         return critic(_bound(self.roles["critic"].module, batch), generated, noise, t, mask=batch.loss_mask)
 
-    def updated(self, role: Role) -> None:
-        if role.name == "student":
-            self.average.update(role.weights(), role.updates)
-
-    def extra_pieces(self) -> list[Piece]:
-        return beside("average/", self.average.shadow, self.roles["student"].held())
-
 
 class StepWork:
     """What each kind of step has to do. The teacher answers twice, with and without the prompt; a discrete step asks the student
@@ -284,5 +277,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.rcm)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="turbo"))
     if context.accelerator.is_main_process:
-        write_trained(context, "average/", task.network, sampler_settings(context.config))
+        write_trained(context, AVERAGE, task.network, sampler_settings(context.config))
     return {"updates": {name: role.updates for name, role in task.roles.items()}}

@@ -21,8 +21,6 @@ from turbotrain.stages.context import BatchSource, Passes, StageContext, draw_ti
 from turbotrain.stages.layer_budget import within_budget
 from turbotrain.stages.lora import trainable
 from turbotrain.training.loop import Plan, Term, train
-from turbotrain.training.pieces import Piece
-from turbotrain.training.roles import Role
 from turbotrain.training.seeding import StepRandom
 
 
@@ -37,6 +35,7 @@ class SlaTask:
         if section.layer_budget:
             attention = within_budget(context, self.source, self.teacher, attention)
         self.network = trainable(context, "teacher", attention)
+        # Without an average: the loss is a regression with a fixed target.
         self.roles = {"student": context.role("student", self.network, section.optim, section.steps)}
         if not section.linear_branch:
             _hold_at_zero(self.network)
@@ -65,12 +64,6 @@ class SlaTask:
         else:
             out = flow_matching(student, x0, noise, s, batch.loss_mask)
         return Term(out.loss, out.metrics)
-
-    def updated(self, role: Role) -> None:
-        """SLA training keeps no average: its loss is a regression with a fixed target."""
-
-    def extra_pieces(self) -> list[Piece]:
-        return []
 
 
 def _hold_at_zero(network: WanTransformer) -> None:

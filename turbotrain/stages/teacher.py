@@ -14,8 +14,7 @@ from turbotrain.stages.artifacts import sample_strips, write_trained
 from turbotrain.stages.context import BatchSource, Passes, StageContext, draw_times, drop_captions
 from turbotrain.training.ema import PowerEMA
 from turbotrain.training.loop import Plan, Term, train
-from turbotrain.training.pieces import Piece, beside
-from turbotrain.training.roles import Role
+from turbotrain.training.roles import AVERAGE
 from turbotrain.training.seeding import StepRandom, derive_seed
 
 
@@ -27,8 +26,8 @@ class TeacherTask:
         self.source = BatchSource(context, context.dataset, section.batch_size)
         self.network = initial_network(context)
         role = context.role("teacher", self.network, section.optim, section.steps)
+        role.average = PowerEMA(role.weights(), section.ema_rate)
         self.roles = {"teacher": role}
-        self.average = PowerEMA(role.weights(), rate=section.ema_rate)
         self.work = context.work(section.batch_size, Passes(self.network.attention_config, 1.0, 1.0))
 
     def plan(self, step: int, draw: int) -> Plan:
@@ -45,12 +44,6 @@ class TeacherTask:
         out = flow_matching(velocity, batch.latent_BCTHW, noise, s, batch.loss_mask)
         return Term(out.loss, out.metrics)
 
-    def updated(self, role: Role) -> None:
-        self.average.update(role.weights(), role.updates)
-
-    def extra_pieces(self) -> list[Piece]:
-        return beside("average/", self.average.shadow, self.roles["teacher"].held())
-
 
 def initial_network(context: StageContext) -> WanTransformer:
     """The network to train: `model.teacher` if the recipe names one, else the variant at random."""
@@ -65,5 +58,5 @@ def run(context: StageContext) -> dict[str, object]:
     settings = context.loop_settings(context.config.teacher)
     train(task, settings, context.folder, context.accelerator, sample_strips(context, task.network, mode="teacher"))
     if context.accelerator.is_main_process:
-        write_trained(context, "average/", task.network)
+        write_trained(context, AVERAGE, task.network)
     return {"parameters": sum(p.numel() for p in task.network.parameters())}

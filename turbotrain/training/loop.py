@@ -69,13 +69,6 @@ class Task(Protocol):
         """step: where training is. draw: which data and noise to take, equal to the step until a roll-back."""
         ...
 
-    def updated(self, role: Role) -> None:
-        """Called after a network was updated (averages)."""
-
-    def extra_pieces(self) -> list[Piece]:
-        """What besides the roles must survive an interruption."""
-        ...
-
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -247,13 +240,12 @@ def take_step(
         role.skip()
     else:
         role.step(norm)
-        task.updated(role)
     line = {"role": plan.role, **means, "grad_norm": norm_value, **meter.stop(times, plan.work)}
     return Step(line, objection, answers)
 
 
 def _pieces(task: Task) -> list[Piece]:
-    return [piece for role in task.roles.values() for piece in role.pieces()] + task.extra_pieces()
+    return [piece for role in task.roles.values() for piece in role.pieces()]
 
 
 def _accumulate(role: Role, plan: Plan, before_last: Callable[[], None] = lambda: None) -> Sums:

@@ -15,13 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from turbotrain.training.ema import PowerEMA
 from turbotrain.training.optim import BLOCK, SCALE, set_rate, stored
 from turbotrain.training.pieces import Piece, beside, local_piece, per_block
+
+AVERAGE = "average/"  # of a state's names; one role of a task keeps an average
 
 
 @dataclass
 class Role:
-    """`module` as wrapped for this launch, `network` the plain module inside; `updates` counts steps that were taken."""
+    """`module` as wrapped for this launch, `network` the plain module inside; `updates` counts steps that were taken. average: of
+    its weights, where one is passed on in their place; it follows every update."""
 
     name: str
     module: nn.Module
@@ -30,6 +34,7 @@ class Role:
     rate: Callable[[int], float]
     grad_clip: float
     updates: int = 0
+    average: PowerEMA | None = None
 
     def __post_init__(self) -> None:
         # As they are outside of passes: a sharded network shows other tensors while it computes.
@@ -59,10 +64,15 @@ class Role:
 
     def step(self, norm: Tensor) -> None:
         """Clip to `grad_clip`, update with the rate of the moment, forget the gradient."""
+        self._update(norm)
+        self.updates += 1
+        if self.average is not None:
+            self.average.update(self.weights(), self.updates)
+
+    def _update(self, norm: Tensor) -> None:
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.grad_clip, norm)
         set_rate(self.optimizer, self.rate(self.updates))
         self.optimizer.step()
-        self.updates += 1
         self.skip()
 
     def skip(self) -> None:
@@ -80,9 +90,13 @@ class Role:
         return {name: piece.tensor for name, piece in self.held().items()}
 
     def pieces(self) -> list[Piece]:
-        """Weights and optimiser state as `state.py` saves and fills them."""
+        """Weights, optimiser state and average as `state.py` saves and fills them."""
         held = self.held()
-        found = beside(f"{self.name}/weight/", self.weights(), held)
+        found = beside(f"{self.name}/weight/", self.weights(), held) + self._optimizer_pieces(held)
+        return found if self.average is None else found + beside(AVERAGE, self.average.shadow, held)
+
+    def _optimizer_pieces(self, held: dict[str, Piece]) -> list[Piece]:
+        found = []
         for kind, states in self.optimizer_states().items():
             if kind.endswith(SCALE):
                 found += per_block(f"{self.name}/{kind}/", states, held, BLOCK)

@@ -20,7 +20,7 @@ from turbotrain.model.attention import SparseLinearAttention
 from turbotrain.model.attention_layers import CrossAttention, RMSNorm, SelfAttention
 from turbotrain.model.wan import Block, WanTransformer
 from turbotrain.training.optim import allocate_state, new_adamw
-from turbotrain.training.pieces import Piece, beside
+from turbotrain.training.pieces import Piece
 from turbotrain.training.roles import Role
 
 
@@ -109,11 +109,10 @@ class ZeroRole(Role):
     def _norms(self) -> list[Any]:
         raise TypeError("a role of stage 2 or 3")
 
-    def step(self, norm: Tensor) -> None:
+    def _update(self, norm: Tensor) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.rate(self.updates)
         self._step_engine()
-        self.updates += 1
 
     def skip(self) -> None:
         """By the engine's own way: a step on a gradient that is not finite is not taken, and cleaned up."""
@@ -125,9 +124,8 @@ class ZeroRole(Role):
     def _step_engine(self) -> None:
         self.engine.step()
 
-    def pieces(self) -> list[Piece]:
-        held = self.held()
-        found = beside(f"{self.name}/weight/", self.weights(), held)
+    def _optimizer_pieces(self, held: dict[str, Piece]) -> list[Piece]:
+        found = []
         for name, parameter in self.parameters.items():
             flat, begin, length, start = self._place(parameter)
             state = self.optimizer.state[flat]
