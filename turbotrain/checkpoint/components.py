@@ -30,6 +30,8 @@ PUBLISHED_NAMES: dict[str, tuple[str, ...]] = {
     "tokenizer": ("google/umt5-xxl", "tokenizer"),
     "image_encoder": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder"),
 }
+# The tiny codecs of small worlds travel with every checkpoint; Wan's 11 GB text encoder is referred to.
+COPIED_UP_TO = 64 * 2**20
 _NETWORK_FOLDERS = {name for pair in EXPERT_FOLDERS for name in pair}
 
 
@@ -70,6 +72,11 @@ def published_part(name: str, folder: Path) -> Path | None:
     if not folder.is_dir():
         return None
     return next((folder / known for known in PUBLISHED_NAMES[name] if (folder / known).exists()), None)
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _existing(value: str, folder: Path) -> Path | None:

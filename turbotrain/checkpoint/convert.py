@@ -10,6 +10,7 @@ from pathlib import Path
 
 from turbotrain.checkpoint import sinks, targets
 from turbotrain.checkpoint.atomic import new_file, new_folder
+from turbotrain.checkpoint.components import COPIED_UP_TO, folder_bytes
 from turbotrain.checkpoint.header import CheckpointProblem
 from turbotrain.checkpoint.identify import Identity, Network, identify
 from turbotrain.checkpoint.io import MAX_SHARD_BYTES
@@ -19,9 +20,6 @@ from turbotrain.checkpoint.meta import METADATA_KEY
 from turbotrain.checkpoint.plan import Plan, plan_network
 from turbotrain.checkpoint.verify import verify
 from turbotrain.model.variants import VARIANTS
-
-# The tiny codecs of small worlds travel with every checkpoint; Wan's 11 GB text encoder is referred to.
-COPIED_UP_TO = 64 * 2**20
 
 
 @dataclasses.dataclass
@@ -181,7 +179,7 @@ def _keep_components(plan: Plan, network: Network, root: Path, place: Path, fold
         if found is None or Path(value).is_absolute():
             continue
         goal = (place if found == network.contents.files[0].parent / value else folder) / value
-        if sum(file.stat().st_size for file in found.rglob("*") if file.is_file()) > COPIED_UP_TO:
+        if folder_bytes(found) > COPIED_UP_TO:
             kept[name] = str(found.resolve())
         elif not goal.exists():
             shutil.copytree(found, goal)

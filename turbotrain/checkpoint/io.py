@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from turbotrain.checkpoint import header, identify, layouts
 from turbotrain.checkpoint.atomic import new_folder
 from turbotrain.checkpoint.header import CheckpointProblem
 from turbotrain.checkpoint.meta import METADATA_KEY, CheckpointMeta
+from turbotrain.checkpoint.sinks import in_shards
 from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.quant_linear import dequantize_model, from_disk_names, prepare_quantized, to_disk_names
 from turbotrain.model.variants import WanConfig
 from turbotrain.model.wan import FLOAT32_ISLANDS, WanTransformer
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+STEM = "model"  # of the names of weights files
 MAX_SHARD_BYTES = 10 * 2**30
 
 
@@ -246,35 +245,12 @@ def save_checkpoint(
     meta = dataclasses.replace(meta, components={**meta.components, **{name: name for name in components}})
     named = to_disk_names({layouts.strip_wrappers(name): tensor for name, tensor in state_dict.items()})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    metadata = {METADATA_KEY: meta.to_json(), "format": "pt"}
+
+    def write(path: Path, names: list[str]) -> None:
+        save_file({name: tensors[name] for name in names}, path, metadata=metadata)
+
     with new_folder(folder) as temporary:
-        _write_weights(temporary, tensors, {METADATA_KEY: meta.to_json(), "format": "pt"}, max_shard_bytes)
+        in_shards(temporary, STEM, {name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes, write)
         for name, source in components.items():
             shutil.copytree(Path(source).expanduser(), temporary / name)
-
-
-def _write_weights(folder: Path, tensors: dict[str, Tensor], metadata: dict[str, str], max_shard_bytes: int) -> None:
-    shards = list(_shards(tensors, max_shard_bytes))
-    if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS_FILE, metadata=metadata)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata=metadata)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
-
-
-def _shards(tensors: dict[str, Tensor], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if shard and size + nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += nbytes
-    yield shard

@@ -27,7 +27,6 @@ from turbotrain.model.attention_config import AttentionConfig
 from turbotrain.model.quant_linear import BLOCK_VECTORS
 from turbotrain.model.wan import FLOAT32_ISLANDS
 
-FLOATS = ("float32", "bfloat16", "float16")
 # Every value of the second dtypes is one of the first.
 _HOLDS = {
     "float32": ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"),

@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +60,38 @@ def write_shards(
     folder: Path, stem: str, entries: Mapping[str, Entry], metadata: Mapping[str, str], max_bytes: int
 ) -> list[Path]:
     """`stem.safetensors`, or shards of at most `max_bytes` (a larger tensor gets its own) with their index."""
-    shards: list[dict[str, Entry]] = [{}]
+    sizes = {name: entry.nbytes for name, entry in entries.items()}
+
+    def write(path: Path, names: list[str]) -> None:
+        write_safetensors(path, {name: entries[name] for name in names}, metadata)
+
+    return in_shards(folder, stem, sizes, max_bytes, write)
+
+
+def in_shards(
+    folder: Path, stem: str, sizes: Mapping[str, int], max_bytes: int, write: Callable[[Path, list[str]], None]
+) -> list[Path]:
+    """Files of tensors of `sizes` in bytes: one, or several with an index; `write` is given each path and the names in it."""
+    shards: list[list[str]] = [[]]
     size = 0
-    for name, entry in entries.items():
-        if shards[-1] and size + entry.nbytes > max_bytes:
-            shards.append({})
+    for name, nbytes in sizes.items():
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = entry
-        size += entry.nbytes
+        shards[-1].append(name)
+        size += nbytes
     if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", entries, metadata)
-        return [folder / f"{stem}.safetensors"]
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, shard, metadata)
-        weight_map.update(dict.fromkeys(shard, file))
-    total = sum(entry.nbytes for entry in entries.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=1))
-    return [folder / file for file in dict.fromkeys(weight_map.values())]
+        files = [folder / f"{stem}.safetensors"]
+    else:
+        files = [
+            folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+        ]
+        weight_map = {name: file.name for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / f"{stem}{INDEX_SUFFIX}").write_text(json.dumps(index, indent=1))
+    for file, names in zip(files, shards):
+        write(file, names)
+    return files
 
 
 class _Storage:

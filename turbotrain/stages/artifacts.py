@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from turbotrain.checkpoint import CheckpointMeta, read_meta, save_checkpoint
-from turbotrain.checkpoint.components import find_component, published_part
+from turbotrain.checkpoint.components import COPIED_UP_TO, find_component, folder_bytes, published_part
 from turbotrain.checkpoint.lora import LORA_FILE, save_lora
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.codecs.folders import quiet_libraries
@@ -27,8 +27,6 @@ from turbotrain.stages.context import StageContext
 from turbotrain.training.state import best_state, saved_steps, saved_tensors
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer")
-# The tiny codecs of small worlds travel with every checkpoint; Wan's 11 GB text encoder is referred to.
-COPIED_UP_TO = 64 * 2**20
 SAMPLES = 4
 
 
@@ -105,7 +103,7 @@ def write_model(
     entry |= {"best": dict(best)} if best else {}
     folder = context.folder / "best" if best else context.folder
     parts = codec_parts(context)
-    size = sum(file.stat().st_size for path in parts.values() for file in path.rglob("*") if file.is_file())
+    size = sum(folder_bytes(path) for path in parts.values())
     copied = parts if size <= COPIED_UP_TO and all(path.is_dir() for path in parts.values()) else {}
     meta = CheckpointMeta(
         variant=context.variant.name,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from turbotrain.stages.experts import HIGH, Range, time_range
 from turbotrain.stages.loading import BatchReader, FixedPart
 from turbotrain.training.flops import backward_flops, forward_flops, tangent_flops
 from turbotrain.training.graphs import StepGraph, StepGraphs
-from turbotrain.training.loop import LoopSettings
+from turbotrain.training.loop import LoopSettings, Plan, Term
 from turbotrain.training.meter import Work
 from turbotrain.training.parallel import data_share, make_frozen, make_role, replays_steps
 from turbotrain.training.roles import Role
@@ -216,6 +216,12 @@ class BatchSource:
         """The micro-batches of this rank at one step, each with its randomness."""
         parts = [self._with_random(draw, *part) for part in zip(self.reader.at(draw), self.positions)]
         return [fixed.take(*part) for fixed, part in zip(self._fixed, parts)] or parts
+
+    def plan(self, draw: int, role: str, loss: Callable[[Batch, StepRandom], Term], work: Work) -> Plan:
+        """A step that updates `role` by one loss of every micro-batch."""
+        parts = self.at(draw)
+        terms = [partial(loss, *part) for part in parts]
+        return Plan(role, terms, len(parts), self.reader.metrics, work, cuda_graph=self.cuda_graph())
 
     def cuda_graph(self, *kind: Hashable) -> StepGraph | None:
         """What records and replays steps of one kind, which differ in this source's batches and draws alone; None without

@@ -5,8 +5,6 @@ White-box (default): match the dense teacher's velocity at equal inputs, conditi
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -47,10 +45,7 @@ class SlaTask:
         )
 
     def plan(self, step: int, draw: int) -> Plan:
-        parts = self.source.at(draw)
-        terms = [partial(self._loss, *part) for part in parts]
-        graph = self.source.cuda_graph()
-        return Plan("student", terms, len(parts), self.source.reader.metrics, self.work, cuda_graph=graph)
+        return self.source.plan(draw, "student", self._loss, self.work)
 
     def _loss(self, batch: Batch, random: StepRandom) -> Term:
         x0 = batch.latent_BCTHW

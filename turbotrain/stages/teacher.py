@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from turbotrain.data.latents import Batch
@@ -31,10 +29,7 @@ class TeacherTask:
         self.work = context.work(section.batch_size, Passes(self.network.attention_config, 1.0, 1.0))
 
     def plan(self, step: int, draw: int) -> Plan:
-        parts = self.source.at(draw)
-        terms = [partial(self._loss, *part) for part in parts]
-        graph = self.source.cuda_graph()
-        return Plan("teacher", terms, len(parts), self.source.reader.metrics, self.work, cuda_graph=graph)
+        return self.source.plan(draw, "teacher", self._loss, self.work)
 
     def _loss(self, batch: Batch, random: StepRandom) -> Term:
         noise = random.normal("noise", batch.latent_BCTHW.shape[1:])
