@@ -34,18 +34,8 @@ def run(context: StageContext) -> dict[str, object]:
     section, launch = context.config.quantize, context.config.launch
     dataset = context.dataset
     tuning = section.finetune if section.finetune.steps else None
-    for name, count in (("prompts", section.prompts), ("finetune.prompts", tuning.prompts if tuning else 0)):
-        if len(dataset) < count + section.held_out_prompts:
-            raise ValueError(
-                f"quantize.{name}={count} with held_out_prompts={section.held_out_prompts}: the data set holds only "
-                f"{len(dataset)} prompts; lower them, or raise data.count"
-            )
     experts = context.variant.experts if context.config.model.expert == BOTH else ("",)
-    for expert in filter(None, experts):
-        if not times_within(time_range(context.variant, expert), _times(context)):
-            raise ValueError(
-                f"quantize.steps={section.steps}: none of them is the {expert}-noise expert's; calibrate with more"
-            )
+    _check_counts(context, tuning.prompts if tuning else 0, experts)
     # What will be sampled in bf16 is calibrated in bf16; two experts of 14B then lie on one GPU of 80 GB together.
     dtype = torch.bfloat16 if launch.mixed_precision == "bf16" else None
     networks = [
@@ -95,6 +85,22 @@ def run(context: StageContext) -> dict[str, object]:
             context.say(tuning_line(expert, said_of))
     context.say(f"latent error {said['latent_error']:.4f} (relative), report in {context.folder / 'report.json'}")
     return {"latent_error": said["latent_error"], "scheme": section.scheme}
+
+
+def _check_counts(context: StageContext, tuning_prompts: int, experts: Sequence[str]) -> None:
+    """Raises ValueError: fewer prompts than are asked for, or steps of which an expert takes none."""
+    section, there = context.config.quantize, len(context.dataset)
+    for name, count in (("prompts", section.prompts), ("finetune.prompts", tuning_prompts)):
+        if there < count + section.held_out_prompts:
+            raise ValueError(
+                f"quantize.{name}={count} with held_out_prompts={section.held_out_prompts}: the data set holds only "
+                f"{there} prompts; lower them, or raise data.count"
+            )
+    for expert in filter(None, experts):
+        if not times_within(time_range(context.variant, expert), _times(context)):
+            raise ValueError(
+                f"quantize.steps={section.steps}: none of them is the {expert}-noise expert's; calibrate with more"
+            )
 
 
 def latency_line(expert: str, report: QuantizationReport) -> str:
