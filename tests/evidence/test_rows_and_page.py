@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import weakref
 from pathlib import Path
@@ -136,6 +137,15 @@ def test_every_figure_is_drawn_from_its_rows() -> None:
             ends = [float(part.get(end, 0)) for part in lines for end in ("x1", "x2")]
             assert min(ends) <= min(dots), name
             assert max(dots) <= max(ends), name
+    # The front is a staircase over what it bounds, to the dearest point, and hides none of them.
+    drawn = list(ElementTree.fromstring(by_latency["evidence_pareto_accuracy.svg"]).iter())
+    lines = [part.get("points", "") for part in drawn if part.get("class", "").startswith("line s-front dashed")]
+    stairs = [tuple(map(float, point.split(","))) for point in lines[0].split()]
+    assert all((a[0] == b[0]) != (a[1] == b[1]) for a, b in itertools.pairwise(stairs[:-1]))
+    assert all(a[0] <= b[0] and a[1] >= b[1] for a, b in itertools.pairwise(stairs))
+    dots = [part for part in drawn if part.get("class", "").startswith("dot")]
+    assert stairs[-1][0] == max(float(part.get("cx", 0)) for part in dots)
+    assert not any("s-front" in part.get("class", "") for part in dots)
     sqnr = rows["turbo", "int8_4"]["facts"]["sqnr_db"]["blocks.1.ffn.0"]
     assert f"block 1 ffn.0: {sqnr[0]:.1f} dB" in by_passes["evidence_sqnr.svg"]
     # Layer 2 keeps 0.34, 0.54, ..., 1: the mean over its heads at every top-k.

@@ -19,7 +19,7 @@ class Series:
     Attributes:
         name: legend text. css: class suffix that carries the colour.
         intervals: (low, high) a point, drawn as whiskers; empty for none.
-        dashed: a reference rather than a result.
+        dashed: a reference rather than a result. dotted: with a dot at every point.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Series:
     ys: Sequence[float]
     intervals: Sequence[tuple[float, float] | None] = ()
     dashed: bool = False
+    dotted: bool = True
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,9 @@ def _marks(frame: _Frame, one: Series, at: Sequence[float], labels: list[tuple[f
             parts.append(
                 f'<line class="whisker s-{one.css}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
             )
-    points = sorted((x, frame.y(y), y) for x, y in zip(at, one.ys) if math.isfinite(y))
+    points = sorted(((x, frame.y(y), y) for x, y in zip(at, one.ys) if math.isfinite(y)), key=lambda point: point[0])
     parts.append(_polyline([(x, y) for x, y, _ in points], one.css, one.dashed))
-    for x, y, value in points:
+    for x, y, value in points if one.dotted else ():
         tip = f"<title>{_escape(one.name)}: {value:.3f}</title>"
         parts.append(f'<circle class="dot s-{one.css}" cx="{x:.1f}" cy="{y:.1f}" r="4">{tip}</circle>')
     if points:

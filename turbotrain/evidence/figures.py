@@ -105,10 +105,12 @@ def _by_latency(rows: Rows, metric: str) -> str:
     series = _series(rows, PARETO, "latency_s", metric)
     if len(series) < 2:
         return ""
-    points = pareto_front([point for one in series for point in zip(one.xs, one.ys)])
-    front = Series("Pareto front", "front", [x for x, _ in points], [y for _, y in points], dashed=True)
     costs = [x for one in series for x in one.xs]
-    return scatter_chart([front, *series], "latency, s", metric, _log_ticks(min(costs), max(costs)))
+    front = pareto_front([point for one in series for point in zip(one.xs, one.ys)])
+    # A staircase: between two points there is nothing but the cheaper one.
+    stairs = [(x, y) for (begin, y), (end, _) in zip(front, [*front[1:], (max(costs), 0.0)]) for x in (begin, end)]
+    drawn = Series("Pareto front", "front", [x for x, _ in stairs], [y for _, y in stairs], dashed=True, dotted=False)
+    return scatter_chart([*series, drawn], "latency, s", metric, _log_ticks(min(costs), max(costs)))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
