@@ -155,13 +155,16 @@ def _load(config: InferConfig, plan: Plan | None) -> TurboPipeline:
 def _generate(request: Request, pipe: TurboPipeline, picture: Image.Image | None) -> None:
     from turbotrain.evaluation.video import VideoSink, write_video
     from turbotrain.model.variants import default_negative_prompt
-    from turbotrain.pipeline import NO_NEGATIVE
+    from turbotrain.pipeline import NO_NEGATIVE, UNDISTILLED
 
     config, jobs, targets = request.config, request.jobs, request.targets
     negative = config.negative_prompt
     if config.sampling == "turbo" and negative is not None:
         print(f"warning: {NO_NEGATIVE}", file=sys.stderr, flush=True)
         negative = None
+    # Other projects' files do not say what they are; ours name a sampler once they are distilled.
+    if config.sampling == "turbo" and pipe.meta and pipe.meta.lineage and pipe.meta.sampler is None:
+        print(f"warning: {UNDISTILLED}", file=sys.stderr, flush=True)
     fps = config.fps or float(pipe.variant.fps)
     if len(jobs) > config.batch_size:  # all at once, so that the text encoder comes and goes once
         read = default_negative_prompt(pipe.variant) if negative is None else negative

@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 Callback = Callable[[int, int], None]  # (step just done, steps in all)
 Preview = Callable[[int, int, np.ndarray], None]  # (index of the video, step just done, what its frames would be now)
 FramesCallback = Callable[[int, np.ndarray], None]  # (index of the video, its next frames)
+UNDISTILLED = (
+    "the checkpoint is not distilled: the Turbo sampler shows little of what it can do; sampling=teacher is made for it"
+)
 NO_NEGATIVE = "negative_prompt has no effect: the Turbo sampler has no guidance, only the teacher's sampler has"
 logger = logging.getLogger(__name__)
 

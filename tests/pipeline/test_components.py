@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from official_files import official_umt5, official_vae, tiny_umt5, tiny_vae, write
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import random_network, write_components
 from transformers import AutoTokenizer
 
-from turbotrain.checkpoint import CheckpointProblem
+from turbotrain.checkpoint import CheckpointProblem, read_meta
 from turbotrain.checkpoint.components import PUBLISHED_NAMES, check_component, find_component
+from turbotrain.checkpoint.meta import METADATA_KEY
 from turbotrain.codecs import TextEncoder, VideoCodec
 from turbotrain.compose import UsageError
 from turbotrain.infer_checks import _cuda_devices, load_request
@@ -238,6 +241,27 @@ def test_infer_says_so_once_and_goes_on(
     )
     assert main([*arguments, "sampling=teacher", "negative_prompt=blurry, dark"]) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_infer_says_that_a_teacher_is_not_made_for_the_turbo_sampler(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = checkpoint / "model.safetensors"
+    said = read_meta(checkpoint)
+    for name, lineage, sampler, warned in (
+        ("teacher", [{"stage": "teacher"}], None, True),
+        ("student", [{"stage": "rcm"}], {"sigma_max": 80.0}, False),
+        ("from_elsewhere", [], None, False),
+    ):
+        shutil.copytree(checkpoint, tmp_path / name)
+        meta = dataclasses.replace(said, lineage=lineage, sampler=sampler)
+        save_file(load_file(file), tmp_path / name / file.name, metadata={METADATA_KEY: meta.to_json(), "format": "pt"})
+        arguments = [f"checkpoint={tmp_path / name}", f"prompt={PROMPT}", "output=a.webp"]
+        assert main([*arguments, "steps=1"]) == 0
+        assert ("warning: the checkpoint is not distilled" in capfd.readouterr().err) is warned
+        assert main([*arguments, "sampling=teacher", "steps=2"]) == 0
+        assert "distilled" not in capfd.readouterr().err
 
 
 def test_the_text_device_is_checked(checkpoint: Path) -> None:

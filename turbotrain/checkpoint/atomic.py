@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 # How the name begins of whatever is being written, or was when its process was killed. Such names have no suffix of their own:
 # who looks for *.json or *.safetensors never finds half of one.
 UNFINISHED = ".tmp-"
-_NAME = (
-    40  # characters of the final name in that of the unfinished: the longest name that a disk takes may be asked for
-)
+_NAME = 40  # characters of the final name in that of the unfinished: it may be the longest that a disk takes
 
 
 @contextlib.contextmanager
