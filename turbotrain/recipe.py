@@ -212,7 +212,9 @@ def check_inputs(config: Config, selected: list[str]) -> None:
             check_checkpoint(path, variant=variant.name)
         if role == "data":
             check_shards(path, needs_of(config))
-        if role in ("codec", "start") and not _holds_codec(path):
+        # What training goes on from is read, and its text encoder copied, as our codec stage writes them.
+        whole = all((path / part).is_dir() for part in ("vae", "text_encoder", "tokenizer"))
+        if (role == "codec" and not _holds_codec(path)) or (role == "start" and not whole):
             raise UsageError(
                 f"{_field(config, role)}={str(path)!r}: no codec in it; a codec folder holds vae/, text_encoder/, tokenizer/"
             )

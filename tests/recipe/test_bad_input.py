@@ -290,6 +290,16 @@ def test_an_input_that_no_stage_provides(world: World, tmp_path: Path, capsys: p
     failed_before_it_began(tmp_path / "out", capsys, ("sla needs shards of latents", "data.path"))
 
 
+def test_a_codec_to_go_on_from_has_all_its_parts(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text encoder is copied when the VAE has been trained: that it is missing must not show only then."""
+    (tmp_path / "start" / "vae").mkdir(parents=True)
+    overrides = arguments(world, tmp_path / "out", "stages=[codec]", f"codec.start={tmp_path / 'start'}")
+    assert train_here(*overrides) == 2
+    failed_before_it_began(tmp_path / "out", capsys, ("codec.start=", "no codec in it", "text_encoder/"))
+
+
 def test_an_interruption_says_how_to_continue(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
