@@ -53,7 +53,7 @@ class OptimSection:
     warmup_steps: int = 0
     kind: str = "adamw"  # or adamw_8bit: both moments in 8 bits with a scale for every 256 (torchao)
     fused: bool = True  # adamw: on a GPU, one kernel for the whole update
-    decay: str = "constant"  # or cosine: to zero at the stage's last step
+    decay: str = "constant"  # or cosine: to zero after as many updates as the stage has steps (in rCM roles take turns)
 
 
 @dataclass
