@@ -198,7 +198,7 @@ def test_a_fresh_run_does_not_write_over_the_rows_of_another(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The README's command names the file that ships."""
+    """Not one row is measured when it begins, and an interruption writes what is there."""
     monkeypatch.setattr(schedule, "run_tasks", lambda *_: Outcome())
     root, kept = tmp_path / "run", tmp_path / "kept.json"
     asked = ["run", str(matrix_file), "-o", str(root), "--json", str(kept)]
