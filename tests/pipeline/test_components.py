@@ -257,11 +257,12 @@ def test_infer_says_that_a_teacher_is_not_made_for_the_turbo_sampler(
         shutil.copytree(checkpoint, tmp_path / name)
         meta = dataclasses.replace(said, lineage=lineage, sampler=sampler)
         save_file(load_file(file), tmp_path / name / file.name, metadata={METADATA_KEY: meta.to_json(), "format": "pt"})
-        arguments = [f"checkpoint={tmp_path / name}", f"prompt={PROMPT}", "output=a.webp"]
-        assert main([*arguments, "steps=1"]) == 0
+        arguments = [f"checkpoint={tmp_path / name}", f"prompt={PROMPT}", "output=a.webp", "steps=1"]
+        assert main(arguments) == 0
         assert ("warning: the checkpoint is not distilled" in capfd.readouterr().err) is warned
-        assert main([*arguments, "sampling=teacher", "steps=2"]) == 0
-        assert "distilled" not in capfd.readouterr().err
+        if warned:
+            assert main([*arguments, "sampling=teacher"]) == 0
+            assert "distilled" not in capfd.readouterr().err
 
 
 def test_the_text_device_is_checked(checkpoint: Path) -> None:
