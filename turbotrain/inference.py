@@ -162,8 +162,7 @@ def _generate(request: Request, pipe: TurboPipeline, picture: Image.Image | None
     if config.sampling == "turbo" and negative is not None:
         print(f"warning: {NO_NEGATIVE}", file=sys.stderr, flush=True)
         negative = None
-    # Other projects' files do not say what they are; ours name a sampler once they are distilled.
-    if config.sampling == "turbo" and pipe.meta and pipe.meta.lineage and pipe.meta.sampler is None:
+    if config.sampling == "turbo" and pipe.meta and pipe.meta.undistilled:
         print(f"warning: {UNDISTILLED}", file=sys.stderr, flush=True)
     fps = config.fps or float(pipe.variant.fps)
     if len(jobs) > config.batch_size:  # all at once, so that the text encoder comes and goes once

@@ -252,7 +252,7 @@ def test_infer_says_that_a_teacher_is_not_made_for_the_turbo_sampler(
     for name, lineage, sampler, warned in (
         ("teacher", [{"stage": "teacher"}], None, True),
         ("student", [{"stage": "rcm"}], {"sigma_max": 80.0}, False),
-        ("from_elsewhere", [], None, False),
+        ("converted", [{"stage": "convert"}], None, False),  # another project's Turbo network, for one
     ):
         shutil.copytree(checkpoint, tmp_path / name)
         meta = dataclasses.replace(said, lineage=lineage, sampler=sampler)

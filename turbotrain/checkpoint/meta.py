@@ -33,6 +33,13 @@ class CheckpointMeta:
     components: dict[str, str] = dataclasses.field(default_factory=dict)
     dtype: str = "float32"
 
+    @property
+    def undistilled(self) -> bool:
+        """Whether it is known to be no few-step network: a teacher or an SLA network of our own. Of other projects' files,
+        converted or not, nothing is known."""
+        stages = {entry.get("stage") for entry in self.lineage}
+        return self.sampler is None and not stages.isdisjoint(("teacher", "sla"))
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
